@@ -1,0 +1,142 @@
+"""Edits of easy-VQA images done by hand: an image is taken apart into ground, colour and coverage, changed, and drawn again.
+
+easy-VQA draws its shapes unrotated at 128x128 and halves the picture with a bilinear filter, so an outline is one or two pixels
+soft. `coverage` does the same: what is drawn here is as crisp as the data. A pixel is `ground + coverage * (color - ground)`.
+Boxes are (top, left, bottom, right) in pixels, in steps of half a pixel; images are uint8 [H, W, 3].
+"""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from npedit_jax.data.easyvqa import PALETTE
+from npedit_jax.evaluation import easyvqa_judge
+
+Box = tuple[float, float, float, float]
+
+TRIANGLE_HEIGHT = 0.866  # of its width: easy-VQA's triangles are equilateral, point up
+SMALLEST, LARGEST = 9.0, 33.0  # pixels: the sides of the shapes in the data
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """An easy-VQA image taken apart.
+
+    Attributes:
+        ground: float32 [3], RGB of the ground.
+        rgb: float32 [3], RGB of the shape.
+        alpha: float32 [H, W], the part of each pixel that the shape covers, 0 to 1.
+        kind: "circle", "rectangle" or "triangle".
+        box: the shape's bounding box.
+    """
+
+    ground: np.ndarray
+    rgb: np.ndarray
+    alpha: np.ndarray
+    kind: str
+    box: Box
+
+    def render(self) -> np.ndarray:
+        """The picture, uint8 [H, W, 3]."""
+        return np.rint(self.ground + self.alpha[..., None] * (self.rgb - self.ground)).astype(np.uint8)
+
+    def recolored(self, color: str) -> "Scene":
+        """The same shape in another palette colour."""
+        return dataclasses.replace(self, rgb=np.array(PALETTE[color], np.float32))
+
+    def removed(self) -> "Scene":
+        """The ground alone."""
+        return dataclasses.replace(self, alpha=np.zeros_like(self.alpha))
+
+    def drawn(self, kind: str, box: Box) -> "Scene":
+        """A shape of this scene's colour, of any kind and box, in place of the old one."""
+        return dataclasses.replace(self, kind=kind, box=box, alpha=coverage(kind, box, self.alpha.shape))
+
+    def replaced(self, kind: str, aspect: float = 1.0) -> "Scene":
+        """Another kind of shape with the old one's colour, centre and size; aspect is a rectangle's width over its height."""
+        return self.drawn(kind, box_like(self.box, kind, self.alpha.shape, aspect=aspect))
+
+    def moved(self, down: float, right: float) -> "Scene":
+        """The shape at another place, stopped at the border."""
+        top, left, bottom, k_right = self.box
+        return self.drawn(self.kind, fit((top + down, left + right, bottom + down, k_right + right), self.alpha.shape))
+
+    def resized(self, scale: float) -> "Scene":
+        """The shape grown or shrunk about its centre, stopped at the border."""
+        top, left, bottom, right = self.box
+        y, x, h, w = (top + bottom) / 2, (left + right) / 2, scale * (bottom - top) / 2, scale * (right - left) / 2
+        return self.drawn(self.kind, fit((y - h, x - w, y + h, x + w), self.alpha.shape))
+
+    def on(self, ground: np.ndarray) -> "Scene":
+        """The shape on a ground of another colour [3]."""
+        return dataclasses.replace(self, ground=np.asarray(ground, np.float32))
+
+
+def take_apart(image: np.ndarray, reading: easyvqa_judge.Reading | None = None) -> Scene:
+    """Takes an easy-VQA image apart; `render` of the result gives it back to within 2 of 255.
+
+    Raises:
+        ValueError: where the image does not show one shape of a palette colour.
+    """
+    reading = reading or easyvqa_judge.read(image)
+    if reading.shape is None:
+        raise ValueError(f"expected one easy-VQA shape; read the colour {reading.color} and the kind {reading.kind}")
+    rgb = np.array(PALETTE[reading.color], np.float32)
+    ink = rgb - reading.ground
+    alpha = np.clip((image - reading.ground) @ ink / (ink @ ink), 0.0, 1.0)
+    top, left, bottom, right = bounding_box(alpha)
+    if reading.kind == "triangle":  # its corners are too thin to show in full
+        top, left, right = max(0.0, top - 0.5), max(0.0, left - 0.5), min(image.shape[1], right + 0.5)
+    return Scene(reading.ground, rgb, alpha, reading.kind, (top, left, bottom, right))
+
+
+def bounding_box(alpha: np.ndarray) -> Box:
+    """Box of a shape from its coverage: a border row or column that is covered in part counts by that part."""
+
+    def ends(profile: np.ndarray) -> tuple[float, float]:
+        full = np.flatnonzero(profile > 0.75)
+        first, last = full[0], full[-1] + 1
+        return round(2 * (first - profile[:first].sum())) / 2, round(2 * (last + profile[last:].sum())) / 2
+
+    (top, bottom), (left, right) = ends(alpha.max(1)), ends(alpha.max(0))
+    return top, left, bottom, right
+
+
+def box_like(box: Box, kind: str, size: tuple[int, int], aspect: float = 1.0, scale: float = 1.0) -> Box:
+    """A box for a shape of `kind` with the centre and about the size of an old box, inside an image of (height, width) `size`."""
+    top, left, bottom, right = box
+    side = np.clip(scale * np.sqrt((bottom - top) * (right - left)), SMALLEST, LARGEST)
+    height, width = {
+        "circle": (side, side),
+        "rectangle": (side / np.sqrt(aspect), side * np.sqrt(aspect)),
+        "triangle": (side * TRIANGLE_HEIGHT, side),
+    }[kind]
+    y, x = (top + bottom) / 2, (left + right) / 2
+    return fit((y - height / 2, x - width / 2, y + height / 2, x + width / 2), size)
+
+
+def fit(box: Box, size: tuple[int, int]) -> Box:
+    """Moves a box into an image of (height, width) `size`, cutting it only where it is larger than the image."""
+    (top, left, bottom, right), (height, width) = box, size
+    down = max(0.0, -top) - max(0.0, bottom - height)
+    aside = max(0.0, -left) - max(0.0, right - width)
+    return max(0.0, top + down), max(0.0, left + aside), min(height, bottom + down), min(width, right + aside)
+
+
+def coverage(kind: str, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """The part of each pixel that a shape covers, float32 [H, W] of (height, width) `size`, drawn the way easy-VQA draws."""
+    height, width = size
+    top, left, bottom, right = (round(2 * edge) for edge in box)
+    canvas = Image.new("L", (2 * width, 2 * height))
+    pen = ImageDraw.Draw(canvas)
+    match kind:
+        case "circle":
+            pen.ellipse((left, top, right - 1, bottom - 1), fill=255)
+        case "rectangle":
+            pen.rectangle((left, top, right - 1, bottom - 1), fill=255)
+        case "triangle":
+            pen.polygon([((left + right - 1) / 2, top), (left, bottom - 1), (right - 1, bottom - 1)], fill=255)
+        case _:
+            raise ValueError(f'expected a kind of "circle", "rectangle", "triangle"; found "{kind}"')
+    return np.asarray(canvas.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255

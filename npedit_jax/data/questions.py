@@ -1,0 +1,142 @@
+"""What the scorer is asked: one table of question templates per task, with the answer of a good edit.
+
+A template's text may hold {instruction} and {object} (the noun of what is edited); "vqa" holds {question}, passed on.
+Two tables: EDITING in full sentences, for a pretrained scorer (meaning as in the NP-Edit release's
+`data/instruct.py`), and EASYVQA in a few lower-case words, for the small scorer with a word-level vocabulary.
+"""
+
+import dataclasses
+import string
+from collections.abc import Mapping
+from typing import Any
+
+FIELDS = ("instruction", "object", "question")
+BOTH, EDITED = (0, 1), (1,)  # which images a question shows: the reference is 0, the edit is 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A question with gaps.
+
+    Attributes:
+      text: format string over FIELDS.
+      images: which of (reference, edit) the question shows, in this order.
+      answer: what a good edit is answered with, True for Yes.
+    """
+
+    text: str
+    images: tuple[int, ...]
+    answer: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about a pair of images, as handed to the scorer's tokenizer; `answer` is a probability of Yes."""
+
+    kind: str
+    text: str
+    images: tuple[int, ...]
+    answer: float
+
+
+Templates = Mapping[str, Template]
+
+EDITING: Templates = {
+    "edit": Template(
+        "You judge the work of an image editor. The first image is the original, the second is the edited version.\n"
+        "The editor was told: {instruction}\n"
+        "Was this carried out in the second image? An edit that failed can leave the two images identical: "
+        "the answer is then No.\n"
+        "Answer with Yes or No.",
+        BOTH,
+        True,
+    ),
+    "edit_remove": Template(
+        "You describe images precisely.\nIs this to be seen in the image: {object}?\nAnswer with Yes or No.",
+        EDITED,
+        False,
+    ),
+    "identity": Template(
+        "You judge the work of an image editor. The first image is the original, the second is the edited version.\n"
+        "Apart from what this instruction asks for, is everything in the second image the same as in the first? "
+        "Instruction: {instruction}\n"
+        "Answer with Yes or No.",
+        BOTH,
+        True,
+    ),
+    "identity_remove": Template(
+        "You judge the work of an image editor. The first image is the original, the second is the edited version.\n"
+        "Leaving aside whether this is there or not: {object}, is the second image exactly the same as the first, "
+        "with everything in the same place?\n"
+        "Answer with Yes or No.",
+        BOTH,
+        True,
+    ),
+    "vqa": Template("{question}\nAnswer with Yes or No.", EDITED, True),
+}
+
+EASYVQA: Templates = {
+    "edit": Template("was this done: {instruction}", BOTH, True),
+    "edit_remove": Template("is there a {object} in the image?", EDITED, False),
+    "identity": Template("is the rest the same after: {instruction}", BOTH, True),
+    "identity_remove": Template("is the rest the same without the {object}?", BOTH, True),
+    "vqa": Template("{question}", EDITED, True),
+}
+
+TEMPLATES: Mapping[str, Templates] = {"editing": EDITING, "easyvqa": EASYVQA}
+
+# The kinds of (edit verification, identity) by edit type, where they differ from ("edit", "identity").
+_KINDS = {"remove": ("edit_remove", "identity_remove")}
+
+
+def templates(task: str, override: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Template]:
+    """The templates of a task, some replaced from a plain dict as a config holds it.
+
+    Args:
+      task: a key of TEMPLATES.
+      override: by kind, any of `text`, `images` and `answer`: {"edit": {"text": "Is this done: {instruction}?"}}.
+
+    Raises:
+      ValueError: unknown task, kind, field or gap, or images other than the reference (0) and the edit (1).
+    """
+    if task not in TEMPLATES:
+        raise ValueError(f"unknown question task {task!r}; choose one of {tuple(TEMPLATES)}")
+    chosen = dict(TEMPLATES[task])
+    for kind, changes in (override or {}).items():
+        if kind not in chosen:
+            raise ValueError(f"unknown question kind {kind!r}; {task!r} has {tuple(chosen)}")
+        unknown = set(changes) - {field.name for field in dataclasses.fields(Template)}
+        if unknown:
+            raise ValueError(f"question {kind!r} has no field {sorted(unknown)}; it has text, images and answer")
+        template = dataclasses.replace(chosen[kind], **changes)
+        template = dataclasses.replace(template, images=tuple(template.images))
+        if template.images not in (BOTH, EDITED):
+            raise ValueError(f"question {kind!r} must show images {BOTH} or {EDITED}; found {template.images}")
+        gaps = {name for _, name, _, _ in string.Formatter().parse(template.text) if name is not None}
+        if gaps - set(FIELDS):
+            raise ValueError(f"question {kind!r} has the gaps {sorted(gaps)}; known are {FIELDS}")
+        chosen[kind] = template
+    return chosen
+
+
+def ask(table: Templates, kind: str, *, answer: float | None = None, **fields: str) -> Question:
+    """Fills in one template; `answer` replaces the answer of a good edit.
+
+    Raises:
+      ValueError: unknown kind, or a gap of the template for which no field was given.
+    """
+    if kind not in table:
+        raise ValueError(f"unknown question kind {kind!r}; choose one of {tuple(table)}")
+    template = table[kind]
+    try:
+        text = template.text.format(**fields)
+    except KeyError as error:
+        raise ValueError(f"question {kind!r} needs {error.args[0]!r}; given were {sorted(fields)}") from error
+    return Question(kind, text, template.images, float(template.answer if answer is None else answer))
+
+
+def edit_questions(table: Templates, edit_type: str, *, instruction: str, object: str) -> tuple[Question, Question]:
+    """The two questions about one edit: (edit verification, identity), with the answers of a good edit."""
+    kinds = _KINDS.get(edit_type, ("edit", "identity"))
+    edit, identity = (ask(table, kind, instruction=instruction, object=object) for kind in kinds)
+    return edit, identity

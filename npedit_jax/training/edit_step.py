@@ -1,0 +1,296 @@
+"""The edit stage: fake-score updates and the student's update, as one outer step.
+
+Every random draw is made in one place and handed over, so that a test can hand in its own. Networks by name: student
+(trained), fake_score (trained), real_score, autoencoder, text_encoder, scorer (frozen).
+
+Shapes: B batch, H height, W width, C channels, L text tokens, D model width, Q questions per sample, T inner batches.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from npedit_jax.objectives import feedback, flow, matching, unroll
+from npedit_jax.training import state as states
+from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step, to_pixels
+
+Text = tuple[jax.Array, jax.Array]  # hidden states [B, L, D], mask [B, L]
+
+
+@dataclasses.dataclass(frozen=True)
+class EditSettings:
+    """Numbers of the edit stage; the paper's section 3 and appendix, the release where it differs."""
+
+    times: tuple[float, ...]  # the student's times, falling from 1.0
+    max_unroll: int = 2  # 1: never a second step
+    dmd_weight: float = 1.0
+    scorer_weight: float = 0.02
+    identity_weight: float = 1.0
+    dmd_normalizer: str = "pixel"
+    dmd_low: float = 0.02
+    dmd_high: float = 0.98
+    time_shift: float = 1.0  # of DMD's and the fake score's times
+    scorer_form: str = "yes_no"
+    temperature_start: float = 0.1
+    temperature_end: float = 1.0
+    temperature_steps: int = 2000
+    scorer_noise: float = 0.0  # standard deviation of the noise on the pixels that the scorer sees, in [-1, 1] units
+    ema: float = 0.999
+    skip_norm: float = 300.0
+
+
+class StudentDraws(NamedTuple):
+    """What one student sample needs: the start, and the second step's time and noise."""
+
+    noise: jax.Array  # [B, H, W, C]
+    second_time: jax.Array  # [B]
+    second_noise: jax.Array  # [B, H, W, C]
+
+
+class LossDraws(NamedTuple):
+    """What the losses on a student sample need: time and noise of the score networks, noise on the scorer's pixels."""
+
+    time: jax.Array  # [B]
+    noise: jax.Array  # [B, H, W, C]
+    pixel_rng: jax.Array
+
+
+class Conditions(NamedTuple):
+    """What the networks are given beside the latents, none of it with a gradient."""
+
+    reference: jax.Array  # latents [B, H, W, C]
+    instruction: Text
+    caption: Text
+
+
+def draw_student(rng: jax.Array, shape: tuple[int, ...], times: tuple[float, ...]) -> StudentDraws:
+    """Draws the noises and, per sample, which of the later times the second step starts from."""
+    noise_rng, time_rng, second_rng = jax.random.split(rng, 3)
+    later = jnp.asarray(times[1:] or times, jnp.float32)
+    index = jax.random.randint(time_rng, (shape[0],), 0, later.shape[0])
+    return StudentDraws(jax.random.normal(noise_rng, shape), later[index], jax.random.normal(second_rng, shape))
+
+
+def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
+    """One draw per outer step: whether the unroll has a second step, with probability (K - 1) / K."""
+    if settings.max_unroll == 1 or len(settings.times) == 1:
+        return jnp.asarray(False)
+    return jax.random.uniform(rng) >= 1.0 / len(settings.times)
+
+
+def encode_text(modules: Modules, params: Params, ids: jax.Array, mask: jax.Array) -> Text:
+    """Runs the text encoder; the mask goes along."""
+    return modules["text_encoder"].apply({"params": params}, ids, mask), mask
+
+
+def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> Conditions:
+    """Encodes the reference, the instruction and the edited image's caption."""
+    reference = modules["autoencoder"].apply(
+        {"params": frozen["autoencoder"]}, to_pixels(batch["reference"]), method="encode"
+    )
+    encode = lambda kind: encode_text(  # noqa: E731
+        modules, frozen["text_encoder"], batch[f"{kind}_ids"], batch[f"{kind}_mask"]
+    )
+    return jax.lax.stop_gradient(Conditions(reference, encode("instruction"), encode("caption")))
+
+
+def edit(modules: Modules, params: Params, given: Conditions, draws: StudentDraws, *, two_steps: bool) -> jax.Array:
+    """The student's x0 [B, H, W, C] after one or two unrolled steps; gradients flow through both."""
+
+    def velocity(x_t, t):
+        return modules["student"].apply({"params": params}, x_t, t, *given.instruction, given.reference)
+
+    times = [jnp.ones_like(draws.second_time)] + [draws.second_time] * two_steps
+    return unroll.sample(velocity, draws.noise, times, [draws.second_noise] * two_steps)
+
+
+def scores(
+    modules: Modules,
+    real: Params,
+    fake: Params,
+    x0: jax.Array,
+    caption: Text,
+    negative: Text,
+    guidance: jax.Array,
+    draws: LossDraws,
+) -> tuple[jax.Array, jax.Array]:
+    """Predictions of x0 by the guided real score and by the fake score, from the same noised x0."""
+    t = draws.time
+    x_t = flow.add_noise(x0, draws.noise, t)
+    # Both prompts in one call: the frozen network runs once, at twice the batch.
+    pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), caption, negative)
+    both = modules["real_score"].apply(
+        {"params": real}, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), *pair
+    )
+    positive, other = jnp.split(both, 2)
+    real_x0 = flow.clean_from_velocity(x_t, matching.guide(positive, other, guidance), t)
+    fake_velocity = modules["fake_score"].apply({"params": fake}, x_t, t, *caption)
+    return real_x0, flow.clean_from_velocity(x_t, fake_velocity, t)
+
+
+def answers(
+    modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch
+) -> Any:
+    """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only."""
+    scorer, variables = modules["scorer"], {"params": params}
+    first = jax.lax.stop_gradient(scorer.apply(variables, reference[:, None], method="encode_images"))
+    second = scorer.apply(variables, edited[:, None], method="encode_images")
+    table = jnp.concatenate([first, second], axis=1)
+    return scorer.apply(
+        variables, table, batch["question_ids"], batch["question_mask"], batch["image_index"], method="answer"
+    )
+
+
+def student_loss(
+    student: Params,
+    fake: Params,
+    frozen: Mapping[str, Params],
+    modules: Modules,
+    batch: Batch,
+    given: Conditions,
+    draws: tuple[StudentDraws, LossDraws],
+    step: jax.Array,
+    settings: EditSettings,
+    *,
+    two_steps: bool,
+) -> tuple[jax.Array, Metrics]:
+    """The student's total loss and its parts, each a mean over the batch.
+
+    `batch["weight"]` leaves out records that could not be read; loss weights per sample come with the batch.
+    """
+    student_draws, draws = draws
+    x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
+
+    negative = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (x0.shape[0], *x.shape[1:])),
+        encode_text(modules, frozen["text_encoder"], batch["negative_ids"], batch["negative_mask"]),
+    )
+    real_x0, fake_x0 = scores(
+        modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given.caption, negative, batch["guidance"], draws
+    )
+    dmd = matching.matching_loss(x0, real_x0, fake_x0, normalizer=settings.dmd_normalizer)
+
+    decoded = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, x0, method="decode")
+    if settings.scorer_noise:
+        decoded = decoded + settings.scorer_noise * jax.random.normal(draws.pixel_rng, decoded.shape)
+    output = answers(modules, frozen["scorer"], to_pixels(batch["reference"]), decoded, batch)
+    scale = feedback.temperature(
+        step, settings.temperature_start, settings.temperature_end, settings.temperature_steps
+    )
+    scorer = feedback.answer_loss(
+        output.logits,
+        output.logsumexp,
+        batch["answer"],
+        batch["question_weight"],
+        scale=scale,
+        form=settings.scorer_form,
+    )
+
+    identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
+    losses = (
+        settings.dmd_weight * batch["dmd_weight"] * dmd
+        + settings.scorer_weight * scorer
+        + settings.identity_weight * batch["identity_weight"] * identity
+    )
+    weight = batch["weight"]
+    average = lambda x, w: jnp.sum(x * w) / jnp.maximum(jnp.sum(w), 1e-6)  # noqa: E731
+    total = average(losses, weight)
+    yes = feedback.yes_probability(output.logits)
+    right = jnp.where(batch["answer"] > 0.5, yes, 1.0 - yes)
+    question_weight = batch["question_weight"] * weight[:, None]
+    metrics = {
+        "loss": total,
+        "loss/dmd": average(dmd, weight),
+        "loss/scorer": average(scorer, weight),
+        "loss/identity": average(identity, weight * batch["identity_weight"]),
+        "scorer/edit": average(right[:, 0], question_weight[:, 0]),
+        "scorer/identity": average(right[:, 1], question_weight[:, 1]),
+    }
+    return total, metrics
+
+
+def fake_score_loss(
+    fake: Params,
+    student: Params,
+    modules: Modules,
+    batch: Batch,
+    given: Conditions,
+    draws: tuple[StudentDraws, LossDraws],
+    *,
+    two_steps: bool,
+) -> jax.Array:
+    """Flow matching of the fake score on a fresh sample of the student (arXiv 2405.14867, section 4.2)."""
+    student_draws, draws = draws
+    x0 = jax.lax.stop_gradient(edit(modules, student, given, student_draws, two_steps=two_steps))
+    x_t = flow.add_noise(x0, draws.noise, draws.time)
+    velocity = modules["fake_score"].apply({"params": fake}, x_t, draws.time, *given.caption)
+    loss = flow.velocity_loss(velocity, x0, draws.noise)
+    return jnp.sum(loss * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1e-6)
+
+
+def _draw_losses(rng: jax.Array, shape: tuple[int, ...], low: float, high: float, shift: float) -> LossDraws:
+    time_rng, noise_rng, pixel_rng = jax.random.split(rng, 3)
+    time = flow.uniform_times(time_rng, shape[0], low, high, shift)
+    return LossDraws(time, jax.random.normal(noise_rng, shape), pixel_rng)
+
+
+def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
+    """T - 1 fake-score updates and one student update as one program.
+
+    Batches carry a leading axis T; the last one is the student's. The unroll's length is one draw for all of them.
+    `batch["negative_ids"]` and `["negative_mask"]` are [T, 1, L]: the same negative prompt everywhere.
+    """
+
+    def fake_update(state, frozen, batch, rng, two_steps):
+        given = conditions(modules, frozen, batch)
+        student_rng, loss_rng = jax.random.split(rng)
+        draws = (
+            draw_student(student_rng, given.reference.shape, settings.times),
+            _draw_losses(loss_rng, given.reference.shape, 0.0, 1.0, settings.time_shift),
+        )
+        gradient = lambda steps: lambda fake, student: jax.value_and_grad(fake_score_loss)(  # noqa: E731
+            fake, student, modules, batch, given, draws, two_steps=steps
+        )
+        loss, gradients = jax.lax.cond(
+            two_steps, gradient(True), gradient(False), state.params["fake_score"], state.params["student"]
+        )
+        state, metrics = states.apply_gradients(
+            state, "fake_score", gradients, rules["fake_score"], skip_norm=settings.skip_norm
+        )
+        return state, metrics | {"loss/fake_score": loss}
+
+    def student_update(state, frozen, batch, rng, two_steps):
+        given = conditions(modules, frozen, batch)
+        student_rng, loss_rng = jax.random.split(rng)
+        draws = (
+            draw_student(student_rng, given.reference.shape, settings.times),
+            _draw_losses(loss_rng, given.reference.shape, settings.dmd_low, settings.dmd_high, settings.time_shift),
+        )
+        gradient = lambda steps: lambda student, fake: jax.value_and_grad(student_loss, has_aux=True)(  # noqa: E731
+            student, fake, frozen, modules, batch, given, draws, state.step, settings, two_steps=steps
+        )
+        (_, metrics), gradients = jax.lax.cond(
+            two_steps, gradient(True), gradient(False), state.params["student"], state.params["fake_score"]
+        )
+        state, update = states.apply_gradients(
+            state, "student", gradients, rules["student"], skip_norm=settings.skip_norm
+        )
+        return state, metrics | update
+
+    def step(state, frozen, batches, rng):
+        length_rng, rng = jax.random.split(rng)
+        two_steps = draw_two_steps(length_rng, settings)
+        rngs = jax.random.split(rng, batches["reference"].shape[0])
+        inner = jax.tree.map(lambda x: x[:-1], batches)
+        last = jax.tree.map(lambda x: x[-1], batches)
+        state, fake_metrics = jax.lax.scan(
+            lambda carry, item: fake_update(carry, frozen, *item, two_steps), state, (inner, rngs[:-1])
+        )
+        state, metrics = student_update(state, frozen, last, rngs[-1], two_steps)
+        metrics |= jax.tree.map(lambda x: x[-1], fake_metrics)
+        return states.finish_step(state, settings.ema), metrics | {"unroll": 1 + two_steps.astype(jnp.int32)}
+
+    return step

@@ -1,0 +1,135 @@
+"""PNG grids that show what a run makes while it trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from npedit_jax import sampling
+from npedit_jax.training import stages
+from npedit_jax.training.state import TrainState
+from npedit_jax.training.steps import to_pixels
+
+COLUMNS = 8
+
+
+def to_uint8(pixels: Any) -> np.ndarray:
+    """Float pixels in [-1, 1], clipped, as uint8."""
+    return np.asarray(np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5), np.uint8)
+
+
+def grid(rows: list[np.ndarray], gap: int = 2) -> Image.Image:
+    """Rows of uint8 images [n, H, W, 3] as one picture."""
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            top, left = i * (height + gap), j * (width + gap)
+            canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)
+
+
+class Previews:
+    """Writes `samples/step-N.png` in the working directory: for every stage what its networks make of fixed inputs."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: epath.PathLike):
+        self._config = config
+        self._directory = epath.Path(workdir) / "samples"
+        self._make: Callable | None = None
+
+    def __call__(self, stage: stages.Stage, state: TrainState, frozen: dict[str, Any], step: int) -> None:
+        """Draws one grid; the scorer's stage has no pictures."""
+        if self._config.stage not in PREVIEWS or jax.process_index() != 0:
+            return
+        if self._make is None:
+            self._batch = first_batch(stage)
+            self._make = jax.jit(PREVIEWS[self._config.stage](stage, self._config))
+        rows = self._make({**frozen, **state.ema}, self._batch, jax.random.key(0))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with (self._directory / f"step-{step:07d}.png").open("wb") as file:
+            grid([to_uint8(row) for row in rows]).save(file, format="PNG")
+
+
+def first_batch(stage: stages.Stage) -> dict[str, np.ndarray]:
+    """The first samples of the stage's data, without an axis of inner batches."""
+    batch = stage.dataset[0]
+    if stage.inner_batches:
+        batch = {name: value[0] for name, value in batch.items()}
+    return {name: value[:COLUMNS] for name, value in batch.items()}
+
+
+def _modules(stage: stages.Stage) -> dict[str, Any]:
+    return {name: network.module for name, network in stage.networks.items()}
+
+
+def _autoencoder(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
+    """Images, and what the autoencoder makes of them."""
+    module = stage.networks["autoencoder"].module
+
+    def rows(params, batch, rng):
+        pixels = to_pixels(batch["image"])
+        return pixels, module.apply({"params": params["autoencoder"]}, pixels)
+
+    return rows
+
+
+def _base(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
+    """Images, and what the base model draws from their captions."""
+    modules = _modules(stage)
+    settings = config.sampling
+
+    def rows(params, batch, rng):
+        pixels = to_pixels(batch["image"])
+        ids, mask = batch["caption_ids"], batch["caption_mask"]
+        text = sampling.encode_text(modules, params, ids, mask)
+        decode = lambda z: modules["autoencoder"].apply(  # noqa: E731
+            {"params": params["autoencoder"]}, z, method="decode"
+        )
+        latents = modules["autoencoder"].apply({"params": params["autoencoder"]}, pixels, method="encode")
+        drawn = sampling.generate(
+            modules["denoiser"],
+            params["denoiser"],
+            latents.shape,
+            text,
+            text,
+            rng,
+            steps=settings.steps,
+            guidance=1.0,
+            time_shift=settings.time_shift,
+        )
+        return pixels, decode(drawn)
+
+    return rows
+
+
+def _editor(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
+    """References, and the student's edits of them by the batch's instructions (its captions in the warm-up)."""
+    modules = _modules(stage)
+    settings = config.sampling
+
+    def rows(params, batch, rng):
+        pixels = to_pixels(batch["reference"])
+        latents = modules["autoencoder"].apply({"params": params["autoencoder"]}, pixels, method="encode")
+        kind = "instruction" if "instruction_ids" in batch else "caption"
+        text = sampling.encode_text(modules, params, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
+        edited = sampling.edit(
+            modules["student"],
+            params["student"],
+            latents,
+            text,
+            rng,
+            times=settings.times,
+            sampler=settings.sampler,
+            eta=settings.eta,
+        )
+        return pixels, modules["autoencoder"].apply({"params": params["autoencoder"]}, edited, method="decode")
+
+    return rows
+
+
+PREVIEWS = {"autoencoder": _autoencoder, "base": _base, "warmup": _editor, "npedit": _editor}

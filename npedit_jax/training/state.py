@@ -1,0 +1,63 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from npedit_jax.training import optimizer
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Parameters by network name, each with its optimizer state; an average of those that are kept for use.
+
+    `skipped` counts, per network, the updates left out because their gradient was not finite or too large.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    optimizer: dict[str, Any]
+    ema: dict[str, Any]
+    skipped: dict[str, jax.Array]
+
+
+def create(params: dict[str, Any], rules: dict[str, optax.GradientTransformation], averaged: tuple[str, ...]) -> TrainState:
+    """Starts a run at step 0; the averages start at the parameters."""
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        optimizer={name: rules[name].init(params[name]) for name in params},
+        ema={name: jax.tree.map(jnp.copy, params[name]) for name in averaged},
+        skipped={name: jnp.zeros([], jnp.int32) for name in params},
+    )
+
+
+def apply_gradients(
+    state: TrainState,
+    name: str,
+    gradients: Any,
+    rule: optax.GradientTransformation,
+    *,
+    skip_norm: float = float("inf"),
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Updates one network, guarded; the step count and the averages are left to `finish_step`."""
+    update = optimizer.guarded_update(
+        rule, state.params[name], state.optimizer[name], gradients, skip_norm=skip_norm
+    )
+    state = state.replace(
+        params=state.params | {name: update.params},
+        optimizer=state.optimizer | {name: update.optimizer},
+        skipped=state.skipped | {name: state.skipped[name] + update.skipped},
+    )
+    return state, {f"gradient_norm/{name}": update.norm, f"skipped/{name}": state.skipped[name]}
+
+
+def finish_step(state: TrainState, ema_decay: float) -> TrainState:
+    """Counts the step and moves the averages."""
+    ema = {
+        name: optimizer.ema_update(average, state.params[name], ema_decay, state.step)
+        for name, average in state.ema.items()
+    }
+    return state.replace(step=state.step + 1, ema=ema)

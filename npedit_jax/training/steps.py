@@ -1,0 +1,185 @@
+"""The train steps of the stages before the edit stage: pure functions `(state, frozen, batch, rng) -> (state, metrics)`.
+
+Shapes: B batch, H height, W width, C channels, L text tokens, D model width, Q questions per sample.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from npedit_jax.objectives import feedback, flow
+from npedit_jax.training import state as states
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Modules = Mapping[str, nn.Module]
+Rules = Mapping[str, optax.GradientTransformation]
+Step = Callable[[states.TrainState, Mapping[str, Params], Batch, jax.Array], tuple[states.TrainState, Metrics]]
+
+
+def to_pixels(image: jax.Array) -> jax.Array:
+    """uint8 images to float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def _train(
+    loss: Callable[..., tuple[jax.Array, Metrics]], rules: Rules, *, ema: float, skip_norm: float
+) -> Step:
+    """One gradient step on every trained network of a stage: `loss(params, frozen, batch, rng) -> (loss, metrics)`."""
+
+    def step(state, frozen, batch, rng):
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
+        for name, rule in rules.items():
+            state, update = states.apply_gradients(state, name, gradients[name], rule, skip_norm=skip_norm)
+            metrics |= update
+        return states.finish_step(state, ema), metrics
+
+    return step
+
+
+def autoencoder_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, kl_weight: float) -> Step:
+    """Reconstruction (mean absolute plus mean square error) and a small pull of the latents towards a normal.
+
+    The metrics `latent_mean` and `latent_std` are those of the raw distribution means: what shift and scale should be.
+    """
+    autoencoder = modules["autoencoder"]
+
+    def loss(params, frozen, batch, rng):
+        del frozen
+        variables = {"params": params["autoencoder"]}
+        pixels = to_pixels(batch["image"])
+        mean, logvar = autoencoder.apply(variables, pixels, method="encode_moments")
+        raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
+        latents = (raw - autoencoder.shift_factor) * autoencoder.scaling_factor
+        error = autoencoder.apply(variables, latents, method="decode") - pixels
+        absolute, square = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+        total = absolute + square + kl_weight * kl
+        metrics = {"loss": total, "absolute": absolute, "square": square, "kl": kl}
+        return total, metrics | {"latent_mean": jnp.mean(mean), "latent_std": jnp.std(mean)}
+
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm)
+
+
+def flow_loss(
+    denoiser: nn.Module,
+    params: Params,
+    latents: jax.Array,
+    text: tuple[jax.Array, jax.Array],
+    rng: jax.Array,
+    *,
+    reference: jax.Array | None = None,
+    time_shift: float = 1.0,
+    weighting: str = "uniform",
+    endpoint: float = 0.0,
+) -> jax.Array:
+    """Flow matching loss per sample, [B].
+
+    Args:
+      text: hidden states [B, L, D] and their mask [B, L].
+      weighting: "uniform" or "logit_normal" weights over time.
+      endpoint: share of samples trained at t = 1, where the few-step sampler starts.
+    """
+    time_rng, end_rng, noise_rng = jax.random.split(rng, 3)
+    t = flow.uniform_times(time_rng, latents.shape[0], shift=time_shift)
+    if endpoint:
+        t = flow.with_endpoint(end_rng, t, endpoint)
+    noise = jax.random.normal(noise_rng, latents.shape)
+    velocity = denoiser.apply({"params": params}, flow.add_noise(latents, noise, t), t, *text, reference)
+    loss = flow.velocity_loss(velocity, latents, noise)
+    return loss * flow.logit_normal_weight(t) if weighting == "logit_normal" else loss
+
+
+def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, **flow_settings: Any) -> Step:
+    """Text to image by flow matching; the text encoder learns with the denoiser where it is among the rules."""
+
+    def loss(params, frozen, batch, rng):
+        networks = {**frozen, **params}
+        latents = modules["autoencoder"].apply(
+            {"params": networks["autoencoder"]}, to_pixels(batch["image"]), method="encode"
+        )
+        text = modules["text_encoder"].apply(
+            {"params": networks["text_encoder"]}, batch["caption_ids"], batch["caption_mask"]
+        )
+        losses = flow_loss(
+            modules["denoiser"],
+            networks["denoiser"],
+            latents,
+            (text, batch["caption_mask"]),
+            rng,
+            **flow_settings,
+        )
+        return jnp.mean(losses), {"loss": jnp.mean(losses)}
+
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm)
+
+
+def warmup_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, **flow_settings: Any) -> Step:
+    """Teaches the student to copy its reference: flow matching whose target is the reference itself."""
+
+    def loss(params, frozen, batch, rng):
+        latents = modules["autoencoder"].apply(
+            {"params": frozen["autoencoder"]}, to_pixels(batch["reference"]), method="encode"
+        )
+        text = modules["text_encoder"].apply(
+            {"params": frozen["text_encoder"]}, batch["caption_ids"], batch["caption_mask"]
+        )
+        losses = flow_loss(
+            modules["student"],
+            params["student"],
+            latents,
+            (text, batch["caption_mask"]),
+            rng,
+            reference=latents,
+            **flow_settings,
+        )
+        return jnp.mean(losses), {"loss": jnp.mean(losses)}
+
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm)
+
+
+def scorer_step(
+    modules: Modules, rules: Rules, *, ema: float, skip_norm: float, roundtrip: float, latent_noise: float
+) -> Step:
+    """Yes/No cross-entropy of the scorer's answers.
+
+    Args:
+      roundtrip: share of the samples whose second image goes through the autoencoder first, with noise on its latents:
+        the scorer will judge decoded latents.
+      latent_noise: largest standard deviation of that noise.
+    """
+
+    def through_autoencoder(params, pixels, rng):
+        choice_rng, level_rng, noise_rng = jax.random.split(rng, 3)
+        autoencoder = modules["autoencoder"]
+        latents = autoencoder.apply({"params": params}, pixels, method="encode")
+        level = latent_noise * jax.random.uniform(level_rng, (pixels.shape[0], 1, 1, 1))
+        latents = latents + level * jax.random.normal(noise_rng, latents.shape)
+        decoded = jnp.clip(autoencoder.apply({"params": params}, latents, method="decode"), -1.0, 1.0)
+        chosen = jax.random.uniform(choice_rng, (pixels.shape[0], 1, 1, 1)) < roundtrip
+        return jnp.where(chosen, decoded, pixels)
+
+    def loss(params, frozen, batch, rng):
+        pixels = to_pixels(batch["images"])
+        if roundtrip:
+            second = through_autoencoder(frozen["autoencoder"], pixels[:, 1], rng)
+            pixels = jnp.stack([pixels[:, 0], second], axis=1)
+        output = modules["scorer"].apply(
+            {"params": params["scorer"]}, pixels, batch["question_ids"], batch["question_mask"], batch["image_index"]
+        )
+        answer, weight = batch["answer"], batch["question_weight"]
+        losses = feedback.answer_loss(output.logits, output.logsumexp, answer, weight)
+        probability = feedback.yes_probability(output.logits)
+        right = ((probability > 0.5) == (answer > 0.5)) * weight
+        # An answer between Yes and No costs its own entropy at best: without it, 0 is perfect.
+        entropy = -(jax.scipy.special.xlogy(answer, answer) + jax.scipy.special.xlogy(1 - answer, 1 - answer)) * weight
+        total = jnp.mean(losses)
+        count = jnp.maximum(jnp.sum(weight), 1.0)
+        return total, {"loss": total, "right": jnp.sum(right) / count, "entropy": jnp.sum(entropy) / count}
+
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm)

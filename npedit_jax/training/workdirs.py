@@ -1,0 +1,68 @@
+"""A run's working directory: its resolved config, and the refusal to mix two runs."""
+
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+
+# Fields that may differ between the sessions of one run: they change how it runs, not what comes out.
+FREE_FIELDS = ("mesh", "checkpoint", "log", "cpu_devices")
+
+
+class WorkdirError(ValueError):
+    """The working directory holds another run."""
+
+
+def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Creates the directory with `config.json`, or checks that it holds the same experiment.
+
+    Raises:
+      WorkdirError: the directory holds a run with other values, which are named, or files but no run.
+    """
+    workdir = epath.Path(workdir)
+    path, new = workdir / "config.json", plain(config)
+    if path.exists():
+        old = json.loads(path.read_text())
+        different = differences(old, new)
+        binding = [line for name, line in different if name.split(".")[0] not in FREE_FIELDS]
+        if binding:
+            raise WorkdirError(
+                f"{workdir} holds a run with another config: {'; '.join(binding)}. Take another --workdir, or these values."
+            )
+        for _, line in different:
+            logging.info("changed since the run began: %s", line)
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise WorkdirError(f"{workdir} is not empty and holds no run (no config.json); take another --workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+    """The resolved config of a run.
+
+    Raises:
+      WorkdirError: the directory holds no run.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise WorkdirError(f"{workdir} is no run: it has no config.json; give the --workdir of a training run")
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
+
+
+def plain(config: Any) -> Any:
+    """A config as JSON holds it: dictionaries, lists, numbers, strings."""
+    return json.loads(config.to_json())
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, str]]:
+    """Fields whose values differ, each with a line that shows both."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [(name, f"{name} is {old!r} there and {new!r} here")]

@@ -1,0 +1,77 @@
+"""The networks whose weights come from elsewhere, by the name a user picks, and the shapes of their parameters."""
+
+import importlib
+import types
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+# Kind -> the name, without suffix, that its library gives the weight files. The modules are imported on demand.
+KINDS = {
+    "zimage": "diffusion_pytorch_model",
+    "autoencoder": "diffusion_pytorch_model",
+    "qwen3": "model",
+    "internvl": "model",
+    "llava_onevision": "model",
+}
+# Other spellings in use on the Hub -> the one in our tables, as starts of tensor names. Saving writes the latter.
+SPELLINGS = {
+    # A language model saved whole instead of its base model.
+    "qwen3": {"model.": ""},
+    # SigLIP before transformers 5.
+    "llava_onevision": {"vision_tower.vision_model.": "vision_tower."},
+}
+
+
+def kind_module(kind: str) -> types.ModuleType:
+    """Returns `npedit_jax.weights.<kind>`, which offers `build`, `describe` and `rows`.
+
+    Raises:
+      ValueError: no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of network {kind!r}; choose one of {list(KINDS)}")
+    return importlib.import_module(f"npedit_jax.weights.{kind}")
+
+
+def build(kind: str, config: dict[str, Any], **module_options: Any) -> nn.Module:
+    """Builds the Flax module of a Hugging Face `config.json`; raises ValueError on an unknown kind or setting."""
+    return kind_module(kind).build(config, **module_options)
+
+
+def parameter_shapes(kind: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter by its "/"-joined path; nothing is computed or allocated."""
+    if getattr(module, "answer_ids", ()) is None:
+        module = module.clone(answer_ids=(0, 1))  # whichever tokens answer, the parameters are the same
+    variables = jax.eval_shape(module.init, jax.random.key(0), *_example(kind, module))
+    flat = flax.traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def table_name(kind: str, name: str) -> str:
+    """Returns the spelling that our tables have of a tensor's name in a checkpoint."""
+    for theirs, ours in SPELLINGS.get(kind, {}).items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _example(kind: str, module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns the smallest arguments that a call of the module takes (`module.init` traces one)."""
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    if kind == "zimage":
+        latents = array(1, module.patch_size, module.patch_size, module.channels)
+        return latents, array(1), array(1, 1, module.text_width), array(1, 1, dtype=bool)
+    if kind == "autoencoder":
+        side = 2 ** (len(module.block_out_channels) - 1)
+        return (array(1, side, side, module.image_channels),)
+    if kind == "qwen3":
+        return array(1, 1, dtype=jnp.int32), array(1, 1, dtype=bool)
+    token_ids, mask, image_index = (array(1, 1, 2, dtype=dtype) for dtype in (jnp.int32, bool, jnp.int32))
+    return array(1, 1, 2, 2, 3), token_ids, mask, image_index

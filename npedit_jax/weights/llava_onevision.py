@@ -1,0 +1,128 @@
+"""LLaVA-OneVision in transformers' layout (`LlavaOnevisionForConditionalGeneration`): SigLIP and Qwen2.
+
+The scorer reads SigLIP's last layer before its final norm, which is therefore an `unused` row of the table.
+"""
+
+from typing import Any
+
+from npedit_jax.models.image_preparation import SIGLIP
+from npedit_jax.models.scorer import NewlineProjector, Scorer
+from npedit_jax.models.vision import VisionTransformer
+from npedit_jax.weights.language import build_decoder, check_fixed, decoder_rows, describe_decoder
+from npedit_jax.weights.table import Row
+from npedit_jax.weights.vision import LayerNames, conv_rows, dense_rows, layer_rows
+
+# Settings that only one value of is built here, with that value.
+FIXED = {
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
+FIXED_VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_channels": 3,
+    "vision_use_head": False,
+}
+ASPECT_RATIO = "anyres_max_"  # followed by the most tiles whose tokens are kept
+LAYER_NAMES = LayerNames("self_attn.{name}_proj", "self_attn.out_proj", "layer_norm1", "layer_norm2")
+
+
+def build(config: dict[str, Any], answer_ids: tuple[int, int] | None = None, **options: Any) -> Scorer:
+    """Builds the scorer of a LLaVA-OneVision `config.json`.
+
+    Args:
+      answer_ids: token ids of (No, Yes); the file's own, if it has them, otherwise.
+      options: fields of every part that the file does not hold: `dtype`, `param_dtype`, `remat`, `implementation`.
+
+    Raises:
+      ValueError: not a LLaVA-OneVision config, or one that asks for something the modules do not have.
+    """
+    if config.get("model_type") != "llava_onevision":
+        raise ValueError(f"expected a scorer of model_type 'llava_onevision', found {config.get('model_type')!r}")
+    check_fixed(config, FIXED, "LLaVA-OneVision config")
+    text, vision = dict(config["text_config"]), config["vision_config"]
+    check_fixed(vision, FIXED_VISION, "LLaVA-OneVision vision config")
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    language = build_decoder(text, **options)
+    types = {key: options[key] for key in ("dtype", "param_dtype") if key in options}
+    answer_ids = answer_ids or config.get("npedit", {}).get("answer_ids")
+    return Scorer(
+        vision=VisionTransformer(
+            width=vision["hidden_size"],
+            layers=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            mlp_width=vision["intermediate_size"],
+            patch_size=vision["patch_size"],
+            image_size=vision["image_size"],
+            epsilon=vision.get("layer_norm_eps", 1e-6),
+            activation="gelu_tanh",
+            class_token=False,
+            layer_scale=None,
+            **options,
+        ),
+        projector=NewlineProjector(
+            language.width,
+            resolutions=tuple(tuple(size) for size in config.get("image_grid_pinpoints", ())),
+            max_tiles=_max_tiles(config),
+            **types,
+        ),
+        language=language,
+        answer_ids=tuple(answer_ids) if answer_ids else None,
+        pixel_mean=SIGLIP[0],
+        pixel_deviation=SIGLIP[1],
+        names="native",
+    )
+
+
+def describe(module: Scorer) -> dict[str, Any]:
+    """Returns the LLaVA-OneVision config of the scorer, from which `build` makes the same network again."""
+    vision, projector = module.vision, module.projector
+    config = {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        **FIXED,
+        "image_grid_pinpoints": [list(size) for size in projector.resolutions],
+        "vision_aspect_ratio": f"{ASPECT_RATIO}{projector.max_tiles}",
+        "tie_word_embeddings": module.language.tied_embeddings,
+        "text_config": describe_decoder(module.language),
+        "vision_config": {
+            **FIXED_VISION,
+            "hidden_size": vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "intermediate_size": vision.mlp_width,
+            "patch_size": vision.patch_size,
+            "image_size": vision.image_size,
+            "layer_norm_eps": vision.epsilon,
+        },
+    }
+    if module.answer_ids is not None:
+        config["npedit"] = {"answer_ids": list(module.answer_ids)}
+    return config
+
+
+def rows(module: Scorer) -> list[Row]:
+    """Returns the name-mapping table of the scorer, SigLIP's final norm as unused rows."""
+    table = conv_rows("vision_tower.embeddings.patch_embedding", "vision/patch_embedding")
+    table.append(Row("vision_tower.embeddings.position_embedding.weight", "vision/positions"))
+    table += layer_rows(module.vision, "vision_tower.encoder.layers.{i}", "vision/layers", LAYER_NAMES)
+    for theirs, ours in (("weight", "scale"), ("bias", "bias")):
+        table.append(Row(f"vision_tower.post_layernorm.{theirs}", f"unused/vision_norm/{ours}", unused=True))
+    table += dense_rows("multi_modal_projector.linear_1", "projector/up")
+    table += dense_rows("multi_modal_projector.linear_2", "projector/down")
+    table.append(Row("image_newline", "projector/newline"))
+    return table + decoder_rows(
+        module.language, "language_model.model.", "language/", head="language_model.lm_head.weight"
+    )
+
+
+def _max_tiles(config: dict[str, Any]) -> int:
+    aspect_ratio = config.get("vision_aspect_ratio", f"{ASPECT_RATIO}9")
+    count = aspect_ratio.removeprefix(ASPECT_RATIO)
+    if count == aspect_ratio or not count.isdigit():
+        raise ValueError(
+            f"LLaVA-OneVision config has vision_aspect_ratio = {aspect_ratio!r}; expected {ASPECT_RATIO!r} and a number"
+        )
+    return int(count)

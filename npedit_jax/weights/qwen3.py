@@ -1,0 +1,46 @@
+"""Qwen3 as text encoder, in transformers' layout (`Qwen3Model` or `Qwen3ForCausalLM`).
+
+The text encoder reads the second-to-last layer: the last layer and the final norm of the file are `unused` rows.
+"""
+
+from typing import Any
+
+from npedit_jax.models.language import TextEncoder
+from npedit_jax.weights.language import build_decoder, decoder_rows, describe_decoder, layer_rows
+from npedit_jax.weights.table import Row
+
+
+def build(config: dict[str, Any], **options: Any) -> TextEncoder:
+    """Builds the text encoder of a Qwen3 `config.json`: all layers but the last.
+
+    Args:
+      options: fields of `Decoder` that the file does not hold (`dtype`, `remat`, ...), or overrides.
+
+    Raises:
+      ValueError: not a Qwen3 config, or one with untied output embeddings or less than two layers.
+    """
+    if config.get("model_type") != "qwen3":
+        raise ValueError(f"expected a text encoder of model_type 'qwen3', found {config.get('model_type')!r}")
+    if config["num_hidden_layers"] < 2:
+        raise ValueError(
+            f"the text encoder leaves the last layer out, found num_hidden_layers = {config['num_hidden_layers']}; "
+            "give a language model of two layers or more"
+        )
+    # The output matrix of an untied model would be an unused tensor that no text encoder directory holds.
+    fields = {"layers": config["num_hidden_layers"] - 1, "final_norm": False, "tied_embeddings": True}
+    return TextEncoder(build_decoder(config, **(fields | options)))
+
+
+def describe(module: TextEncoder) -> dict[str, Any]:
+    """Returns the Qwen3 config of the language model that the encoder is cut from."""
+    config = describe_decoder(module.decoder)
+    return config | {"architectures": ["Qwen3Model"], "num_hidden_layers": module.decoder.layers + 1}
+
+
+def rows(module: TextEncoder) -> list[Row]:
+    """Returns the name-mapping table, the last layer and the final norm as unused rows."""
+    decoder = module.decoder
+    table = decoder_rows(decoder, target="decoder/")
+    table += layer_rows(decoder, f"layers.{decoder.layers}", "unused/last_layer", layers=0, unused=True)
+    table.append(Row("norm.weight", "unused/norm/scale", unused=True))
+    return table

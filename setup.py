@@ -1,0 +1,50 @@
+"""Packaging of npedit_jax."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="npedit_jax",
+    version="0.1.0",
+    description="Few-step image editing learned without pairs (NP-Edit) in JAX and Flax, for TPU pods",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["npedit_jax", "npedit_jax.*"]),
+    package_data={"npedit_jax": ["pretrained/**/*"]},
+    install_requires=[
+        "absl-py",
+        "easy-vqa>=1.0",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.10",
+        "jinja2",
+        "matplotlib",
+        "ml-collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.21",
+        "tqdm",
+        "transformers>=5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "torch": ["torch==2.13.0", "diffusers>=0.36"],
+        "test": [
+            "accelerate",
+            "diffusers>=0.36",
+            "hypothesis",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff",
+            "torch==2.13.0",
+        ],
+    },
+)

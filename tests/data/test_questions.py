@@ -1,0 +1,80 @@
+"""Tests of the question templates."""
+
+import string
+
+import pytest
+
+from npedit_jax.data import questions
+
+
+@pytest.mark.parametrize("task", questions.TEMPLATES)
+def test_tasks_hold_the_same_kinds_with_the_same_meaning(task):
+    table = questions.templates(task)
+    assert {kind: (template.images, template.answer) for kind, template in table.items()} == {
+        "edit": ((0, 1), True),
+        "edit_remove": ((1,), False),
+        "identity": ((0, 1), True),
+        "identity_remove": ((0, 1), True),
+        "vqa": ((1,), True),
+    }
+
+
+def test_remove_never_shows_the_instruction():
+    # Asked whether the instruction was done, a scorer answers Yes to "remove" too easily: it is asked for the object.
+    for table in questions.TEMPLATES.values():
+        for kind in ("edit_remove", "identity_remove"):
+            gaps = {name for _, name, _, _ in string.Formatter().parse(table[kind].text) if name}
+            assert gaps == {"object"}
+
+
+def test_edit_questions():
+    table = questions.templates("easyvqa")
+    edit, identity = questions.edit_questions(table, "recolor", instruction="make the circle red", object="circle")
+    assert (edit.kind, edit.images, edit.answer) == ("edit", (0, 1), 1.0) and "make the circle red" in edit.text
+    assert (identity.kind, identity.answer) == ("identity", 1.0) and "make the circle red" in identity.text
+    edit, identity = questions.edit_questions(table, "remove", instruction="remove the circle", object="circle")
+    assert (edit.kind, edit.images, edit.answer) == ("edit_remove", (1,), 0.0) and "a circle" in edit.text
+    assert (identity.kind, identity.answer) == ("identity_remove", 1.0) and "circle" in identity.text
+
+
+def test_easyvqa_wordings_are_lower_case():
+    for template in questions.EASYVQA.values():
+        assert template.text == template.text.lower()
+
+
+def test_override_from_a_plain_dict():
+    override = {"edit": {"text": "Is this done: {instruction}?"}, "edit_remove": {"images": [0, 1], "answer": True}}
+    table = questions.templates("editing", override)
+    assert questions.ask(table, "edit", instruction="x").text == "Is this done: x?"
+    assert table["edit"].answer is True and table["identity"] == questions.EDITING["identity"]
+    assert (table["edit_remove"].images, table["edit_remove"].answer) == ((0, 1), True)
+    assert questions.EDITING["edit"].text != "Is this done: {instruction}?"
+
+
+@pytest.mark.parametrize(
+    "task, override, message",
+    [
+        ("painting", {}, "unknown question task"),
+        ("editing", {"edits": {"text": "x"}}, "unknown question kind"),
+        ("editing", {"edit": {"wording": "x"}}, "no field"),
+        ("editing", {"edit": {"text": "{subject}?"}}, "gaps"),
+        ("editing", {"edit": {"images": (1, 0)}}, "must show images"),
+    ],
+)
+def test_wrong_overrides(task, override, message):
+    with pytest.raises(ValueError, match=message):
+        questions.templates(task, override)
+
+
+def test_ask():
+    table = questions.templates("easyvqa")
+    assert questions.ask(table, "vqa", question="is there a circle?", answer=0.25).answer == 0.25
+    assert questions.ask(table, "vqa", question="is there a circle?").text == "is there a circle?"
+    with pytest.raises(ValueError, match="needs 'instruction'"):
+        questions.ask(table, "edit", object="circle")
+    with pytest.raises(ValueError, match="unknown question kind"):
+        questions.ask(table, "style")
+
+
+def test_braces_in_an_instruction_stay():
+    assert "{object}" in questions.ask(questions.EDITING, "edit", instruction="write {object} on it").text

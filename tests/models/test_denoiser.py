@@ -1,0 +1,439 @@
+"""The denoiser against golden runs of the original, against diffusers' class, and its own properties."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from npedit_jax import weights
+from npedit_jax.models import positions
+from npedit_jax.models.denoiser import Denoiser, TimeEmbedding
+from npedit_jax.weights import zimage
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "A"
+CASES = ("a", "b", "c")
+SMALL = {
+    "channels": 4,
+    "width": 48,
+    "depth": 2,
+    "refiner_depth": 1,
+    "heads": 2,
+    "text_width": 20,
+    "rope_widths": (8, 8, 8),
+    "rope_lengths": (128, 16, 16),
+}
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks():
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(GOLDEN / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return weights.load("zimage", GOLDEN / "transformer")
+
+
+def channels_last(x_BCFHW: np.ndarray) -> np.ndarray:
+    return x_BCFHW[:, :, 0].transpose(0, 2, 3, 1)
+
+
+def relative(actual, expected) -> float:
+    return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
+
+
+def inputs(golden, case: str) -> tuple[np.ndarray, ...]:
+    """Latents, times, caption features and their mask."""
+    text_BLD, length_B = golden[f"{case}.txt"], golden[f"{case}.cap_lens"]
+    mask_BL = np.arange(text_BLD.shape[1])[None] < length_B[:, None]
+    return channels_last(golden[f"{case}.x"]), golden[f"{case}.t"], text_BLD, mask_BL
+
+
+def longest(golden, case: str) -> np.ndarray:
+    """Rows with the longest padded caption: in the release's reference path the others depend on these."""
+    padded_B = -(-golden[f"{case}.cap_lens"] // 32)
+    return padded_B == padded_B.max()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module, params, *arguments):
+    return module.apply({"params": params}, *arguments)
+
+
+def randomized(module: Denoiser, *arguments, seed: int = 0):
+    """Parameters with every tensor random: at initialisation the output is zero."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        scale = 0.3 if len(leaf.shape) < 3 else leaf.shape[-2] ** -0.5
+        return jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def small_inputs(batch: int = 2, text: int = 40, seed: int = 1) -> tuple[np.ndarray, ...]:
+    """Latents of 6 x 10, times, captions of 3, 40, 33, ... tokens and their mask."""
+    rng = np.random.default_rng(seed)
+    latents = rng.normal(size=(batch, 6, 10, 4)).astype(np.float32)
+    times = np.linspace(0.2, 0.9, batch).astype(np.float32)
+    features = rng.normal(size=(batch, text, 20)).astype(np.float32)
+    length = np.resize(np.array([3, 40, 33]), batch)
+    return latents, times, features, np.arange(text)[None] < length[:, None]
+
+
+# Golden runs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_path_is_the_original(golden, loaded, case):
+    module, params = loaded
+    velocity = run(module, params, *inputs(golden, case))
+    assert velocity.dtype == jnp.float32
+    assert relative(velocity, channels_last(golden[f"{case}.v_plain"])) <= 2e-5
+    assert relative(-velocity, channels_last(golden[f"{case}.raw_plain"])) <= 2e-5
+    rows = longest(golden, case)
+    assert relative(velocity[rows], channels_last(golden[f"{case}.v_plain_fa4"])[rows]) <= 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("pad_tokens", "name"), [("mask", "v_ref"), ("attend", "v_ref_fa4")])
+def test_reference_path_is_the_original(golden, loaded, case, pad_tokens, name):
+    module, params = loaded
+    velocity = run(
+        module.clone(pad_tokens=pad_tokens), params, *inputs(golden, case), channels_last(golden[f"{case}.ref"])
+    )
+    rows = longest(golden, case)
+    assert relative(velocity[rows], channels_last(golden[f"{case}.{name}"])[rows]) <= 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("path", ["plain", "ref"])
+def test_gradients_of_the_inputs_are_the_original(golden, loaded, case, path):
+    module, params = loaded
+    x, t, text, mask = inputs(golden, case)
+    arguments = (x, text) if path == "plain" else (x, text, channels_last(golden[f"{case}.ref"]))
+    probe = channels_last(golden[f"{case}.probe_{path}"])
+
+    def scalar(x, text, *reference):
+        return jnp.sum(run(module.clone(pad_tokens="mask"), params, x, t, text, mask, *reference) * probe)
+
+    gradients = jax.grad(scalar, argnums=range(len(arguments)))(*arguments)
+    expected = [channels_last(golden[f"{case}.dx_{path}"]), golden[f"{case}.dtxt_{path}"]]
+    expected += [channels_last(golden[f"{case}.dref_ref"])] if path == "ref" else []
+    whole = np.sqrt(sum(np.sum(g**2) for g in expected))
+    rows = longest(golden, case) if path == "ref" else slice(None)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        error = np.linalg.norm(np.asarray(actual)[rows] - wanted[rows])
+        assert error <= 1e-4 * np.linalg.norm(wanted[rows]) + 1e-6 * whole
+
+
+@pytest.mark.parametrize("item", [0, 1])
+def test_batch_of_mixed_sizes_one_by_one(golden, loaded, item):
+    module, params = loaded
+    text_BLD = golden[f"mix.cap{item}"][None]
+    latents = channels_last(golden[f"mix.x{item}"][None])
+    velocity = run(
+        module, params, latents, golden["mix.t"][item : item + 1], text_BLD, np.ones(text_BLD.shape[:2], bool)
+    )
+    assert relative(-velocity, channels_last(golden[f"mix.raw{item}"][None])) <= 2e-5
+
+
+def test_rotation_tables_are_the_original(golden, loaded):
+    module, _ = loaded
+    ids_BSR = golden["prim.rope_ids"][None]
+    cosine, sine = positions.rotation(ids_BSR, module.rope_widths, module.rope_lengths, module.rope_theta)
+    np.testing.assert_allclose(cosine[0, :, 0, ::2], golden["prim.rope_cos"], atol=1e-6)
+    np.testing.assert_allclose(sine[0, :, 0, 1::2], golden["prim.rope_sin"], atol=1e-6)
+
+
+def test_rotate_turns_pairs_as_complex_numbers(golden, loaded):
+    module, _ = loaded
+    ids_BSR = golden["prim.rope_ids"][None]
+    turn = positions.rotation(ids_BSR, module.rope_widths, module.rope_lengths, module.rope_theta)
+    x = np.random.default_rng(0).normal(size=(1, 4, 3, 16)).astype(np.float32)
+    phase = (golden["prim.rope_cos"] + 1j * golden["prim.rope_sin"])[None, :, None]
+    expected = (x[..., ::2] + 1j * x[..., 1::2]) * phase
+    actual = np.asarray(positions.rotate(x, turn))
+    np.testing.assert_allclose(actual[..., ::2] + 1j * actual[..., 1::2], expected, atol=1e-5)
+
+
+def test_time_embedding_is_the_original(golden, loaded):
+    module, params = loaded
+    embed = TimeEmbedding(64, module.time_scale, jnp.float32)
+    actual = embed.apply({"params": params["time_embedding"]}, golden["prim.tz"])
+    assert relative(actual, golden["prim.temb"]) <= 2e-5
+
+
+def test_bfloat16_stays_close(golden, loaded):
+    module, params = loaded
+    module = module.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for case in CASES:
+        velocity = run(module, params, *inputs(golden, case))
+        assert velocity.dtype == jnp.float32
+        assert relative(velocity, channels_last(golden[f"{case}.v_plain"])) <= 2e-2
+
+
+# Diffusers
+
+
+def test_plain_path_and_gradients_of_all_parameters_are_diffusers(tmp_path):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    latents, times, text, mask = small_inputs()
+    module = Denoiser(**(SMALL | {"depth": 3, "refiner_depth": 2}))
+    params = randomized(module, latents, times, text, mask)
+    weights.save("zimage", module, params, tmp_path / "flax")
+    theirs = diffusers.ZImageTransformer2DModel.from_pretrained(tmp_path / "flax").float()
+
+    probe = np.random.default_rng(5).normal(size=latents.shape).astype(np.float32)
+    images = list(torch.tensor(latents.transpose(0, 3, 1, 2))[:, :, None])
+    captions = [torch.tensor(row[row_mask]) for row, row_mask in zip(text, mask, strict=True)]
+    output = theirs(images, torch.tensor(1.0 - times), captions, return_dict=False)[0]
+    expected = -np.stack([x[:, 0].permute(1, 2, 0).detach().numpy() for x in output])
+    assert relative(run(module, params, latents, times, text, mask), expected) <= 2e-5
+
+    with torch.no_grad():
+        cotangents = [-torch.tensor(row.transpose(2, 0, 1))[:, None] for row in probe]
+    torch.autograd.backward(output, cotangents)
+    named = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    gradients = jax.grad(lambda p: jnp.sum(run(module, p, latents, times, text, mask) * probe))(params)
+    whole = np.sqrt(sum(np.sum(g**2) for g in named.values()))
+    flat = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.flatten_with_path(gradients)[0]}
+    for row in zimage.rows(module):
+        pieces = [row.to_flax(named.pop(name)) for name in row.names()]
+        wanted = np.stack(pieces) if row.layers else pieces[0]
+        error = np.linalg.norm(np.asarray(flat.pop(row.target)) - wanted)
+        assert error <= 1e-4 * np.linalg.norm(wanted) + 1e-6 * whole, row.target
+    assert not named and not flat
+
+
+# Properties
+
+
+@pytest.mark.parametrize("options", [{}, {"pad_tokens": "mask"}, {"pad_multiple": 8}])
+@pytest.mark.parametrize("edit", [False, True])
+def test_a_sample_does_not_depend_on_its_neighbours_or_on_padding(options, edit):
+    module = Denoiser(**SMALL, **options)
+    latents, times, text, mask = small_inputs(batch=3)
+    reference = (np.flip(latents, 1).copy(),) if edit else ()
+    params = randomized(module, latents, times, text, mask, *reference)
+    together = run(module, params, latents, times, text, mask, *reference)
+
+    polluted = np.where(mask[..., None], text, np.nan).astype(np.float32)
+    longer = np.pad(polluted, ((0, 0), (0, 30), (0, 0)), constant_values=1e3)
+    longer_mask = np.pad(mask, ((0, 0), (0, 30)))
+    np.testing.assert_allclose(
+        run(module, params, latents, times, longer, longer_mask, *reference), together, atol=2e-5
+    )
+    alone = [a[:1] for a in (latents, times, text[:, :3], mask[:, :3], *reference)]
+    np.testing.assert_allclose(run(module, params, *alone), together[:1], atol=2e-5)
+
+
+def test_padding_has_no_gradient_even_when_it_is_nan():
+    module = Denoiser(**SMALL)
+    latents, times, text, mask = small_inputs()
+    params = randomized(module, latents, times, text, mask)
+    polluted = np.where(mask[..., None], text, np.nan)
+    gradient = jax.grad(lambda text: jnp.sum(run(module, params, latents, times, text, mask) ** 2))(polluted)
+    assert np.all(np.asarray(gradient)[~mask] == 0)
+    assert np.all(np.abs(np.asarray(gradient)[mask]).sum(-1) > 0)
+
+
+def test_every_remat_policy_gives_the_same_gradient():
+    arguments = small_inputs()
+    reference = np.flip(arguments[0], 1).copy()
+    params = randomized(Denoiser(**SMALL), *arguments)
+    gradients = []
+    for policy in ("none", "full", "dots", "dots_no_batch"):
+        module = Denoiser(**SMALL, remat=policy)
+        gradients.append(jax.grad(lambda p, m=module: jnp.sum(run(m, p, *arguments, reference) ** 2))(params))
+    for other in gradients[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradients[0], other)
+
+
+def test_pad_tokens_act_on_the_reference_path_only():
+    arguments = small_inputs()
+    params = randomized(Denoiser(**SMALL), *arguments)
+    attend, mask = (functools.partial(run, Denoiser(**SMALL, pad_tokens=name), params) for name in ("attend", "mask"))
+    np.testing.assert_array_equal(attend(*arguments), mask(*arguments))
+    assert relative(attend(*arguments, arguments[0]), mask(*arguments, arguments[0])) > 1e-3
+
+
+def test_reference_matters_and_has_a_place_of_its_own():
+    latents, *rest = small_inputs()
+    params = randomized(Denoiser(**SMALL), latents, *rest)
+    other = np.flip(latents, 2).copy()
+    assert (
+        relative(run(Denoiser(**SMALL), params, latents, *rest, other), run(Denoiser(**SMALL), params, latents, *rest))
+        > 1e-2
+    )
+    swapped = run(Denoiser(**SMALL), params, other, *rest, latents)
+    assert relative(run(Denoiser(**SMALL), params, latents, *rest, other), swapped) > 1e-2
+
+
+def test_sample_prediction_is_a_clamped_velocity_of_the_raw_output():
+    latents, _, text, mask = small_inputs()
+    times = np.array([0.02, 0.7], np.float32)
+    params = randomized(Denoiser(**SMALL), latents, times, text, mask)
+    x0 = -run(Denoiser(**SMALL), params, latents, times, text, mask)
+    velocity = run(Denoiser(**SMALL, prediction="sample"), params, latents, times, text, mask)
+    np.testing.assert_allclose(velocity[0], (latents[0] - x0[0]) / 0.05, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(latents[1] - times[1] * velocity[1], x0[1], rtol=1e-4, atol=1e-4)
+
+
+def test_sinusoidal_positions_tell_places_apart():
+    table = positions.sinusoids(5, 7, 48)
+    assert table.shape == (35, 48)
+    distance = np.linalg.norm(table[:, None] - table[None], axis=-1)
+    assert np.min(distance + 10 * np.eye(35)) > 0.5
+    row, column = 3, 2
+    frequency = 10000.0 ** (-np.arange(12) / 12)
+    expected = np.concatenate([f(place * frequency) for place in (row, column) for f in (np.sin, np.cos)])
+    np.testing.assert_allclose(table[row * 7 + column], expected, atol=1e-6)
+
+    arguments = small_inputs()
+    params = randomized(Denoiser(**SMALL), *arguments)
+    with_positions = Denoiser(**SMALL, position_embedding="sinusoidal")
+    assert relative(run(with_positions, params, *arguments), run(Denoiser(**SMALL), params, *arguments)) > 1e-2
+
+
+def test_sinusoidal_positions_are_added_to_the_patches_of_every_frame():
+    """Blocks of one layer see the same as with a patch embedding that adds the table itself."""
+    latents, times, text, mask = small_inputs(batch=1)
+    module = Denoiser(**(SMALL | {"patch_size": 2, "channels": 4}), position_embedding="sinusoidal")
+    params = randomized(module, latents, times, text, mask)
+    frames = (latents, np.flip(latents, 1).copy())
+    plain = module.clone(position_embedding="none").apply(
+        {"params": params}, frames, False, method=Denoiser._embed_image, mutable=["params"]
+    )[0]
+    added = module.apply({"params": params}, frames, False, method=Denoiser._embed_image, mutable=["params"])[0]
+    table = np.concatenate([positions.sinusoids(3, 5, 48)] * 2)
+    np.testing.assert_allclose((added - plain)[0, :30], table, atol=1e-5)
+    np.testing.assert_array_equal(added[0, 30:], plain[0, 30:])
+
+
+def test_patch_size_and_padding_of_a_small_network():
+    module = Denoiser(**(SMALL | {"channels": 3, "refiner_depth": 0}), patch_size=4, pad_multiple=1)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(2, 8, 12, 3)).astype(np.float32)
+    arguments = (latents, *small_inputs(text=5)[1:])
+    params = randomized(module, *arguments)
+    assert "noise_refiner" not in params and "context_refiner" not in params
+    assert run(module, params, *arguments, latents).shape == latents.shape
+    # Without padding, hiding pads changes nothing.
+    np.testing.assert_allclose(
+        run(module.clone(pad_tokens="mask"), params, *arguments, latents),
+        run(module, params, *arguments, latents),
+        atol=1e-6,
+    )
+
+
+def test_initialisation_starts_at_zero_output_and_learns():
+    arguments = small_inputs()
+    module = Denoiser(**SMALL, prediction="sample")
+    params = module.init(jax.random.key(0), *arguments)["params"]
+    latents, times = arguments[:2]
+    np.testing.assert_allclose(
+        run(module, params, *arguments), latents / times[:, None, None, None], rtol=1e-5, atol=1e-5
+    )
+    loss_and_gradient = jax.jit(
+        jax.value_and_grad(lambda p: jnp.mean(jnp.square(module.apply({"params": p}, *arguments) - 1.0)))
+    )
+    losses = []
+    for _ in range(30):
+        loss, gradient = loss_and_gradient(params)
+        params = jax.tree.map(lambda p, g: p - 0.02 * g, params, gradient)
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+    assert np.any(np.asarray(params["layers"]["modulation"]["kernel"]))
+
+
+def test_full_size_has_as_many_parameters_as_z_image():
+    module = Denoiser()
+    shapes = jax.eval_shape(
+        module.init,
+        jax.random.key(0),
+        jnp.zeros((1, 4, 4, 16)),
+        jnp.zeros(1),
+        jnp.zeros((1, 4, 2560)),
+        jnp.ones((1, 4)),
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 6_154_908_736
+    assert shapes["params"]["layers"]["attention"]["query"]["kernel"].shape == (30, 3840, 3840)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"pad_tokens": "drop"}, {}, "unknown pad_tokens 'drop'"),
+        ({"prediction": "noise"}, {}, "unknown prediction 'noise'"),
+        ({"rope_widths": (8, 8, 4)}, {}, "rope_widths must add up"),
+        ({"rope_lengths": (66, 16, 16)}, {}, "rope_lengths of at least"),
+        ({}, {0: np.zeros((2, 5, 10, 4))}, "multiples of 2"),
+        ({}, {2: np.zeros((2, 40, 19))}, "expected caption features"),
+        ({}, {4: np.zeros((2, 6, 8, 4))}, "expected a reference of the latents' shape"),
+    ],
+)
+def test_errors_say_what_is_wrong(options, changes, message):
+    arguments = list(small_inputs()) + [small_inputs()[0]]
+    for i, value in changes.items():
+        arguments[i] = value
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(Denoiser(**(SMALL | options)).init, jax.random.key(0), *arguments)
+
+
+# Weights
+
+
+def test_config_and_weights_round_trip(tmp_path, loaded):
+    module, params = loaded
+    weights.save("zimage", module, params, tmp_path / "saved", dtype="float16")
+    again, params_again = weights.load("zimage", tmp_path / "saved")
+    assert again == module
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+    original, saved = (
+        safetensors.numpy.load_file(directory / "diffusion_pytorch_model.safetensors")
+        for directory in (GOLDEN / "transformer", tmp_path / "saved")
+    )
+    assert original.keys() == saved.keys()
+    for name, tensor in original.items():
+        np.testing.assert_array_equal(saved[name], tensor)
+
+
+def test_config_keeps_diffusers_keys_and_only_options_that_differ():
+    config = json.loads((GOLDEN / "transformer" / "config.json").read_text())
+    described = zimage.describe(zimage.build(config))
+    assert described == {key: value for key, value in config.items() if key != "_diffusers_version"}
+    extra = {"pad_multiple": 1, "pad_tokens": "mask", "prediction": "sample", "position_embedding": "sinusoidal"}
+    module = zimage.build(config | {"npedit": extra, "all_patch_size": [8]}, remat="full", dtype=jnp.bfloat16)
+    assert (module.patch_size, module.prediction, module.remat, module.dtype) == (8, "sample", "full", jnp.bfloat16)
+    assert json.loads(json.dumps(zimage.describe(module)))["npedit"] == extra
+    assert zimage.build(zimage.describe(module), remat="full", dtype=jnp.bfloat16) == module
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"siglip_feat_dim": 1152}, "siglip_feat_dim"),
+        ({"qk_norm": False}, "qk_norm"),
+        ({"all_f_patch_size": [2]}, "all_f_patch_size"),
+        ({"all_patch_size": [2, 4]}, "exactly one size"),
+        ({"npedit": {"padding": 3}}, "unknown .npedit. options"),
+    ],
+)
+def test_unsupported_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        zimage.build(change)
