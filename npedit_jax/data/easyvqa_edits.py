@@ -1,8 +1,9 @@
-"""Edits of easy-VQA images done by hand: an image is taken apart into ground, colour and coverage, changed, and drawn again.
+"""Edits of easy-VQA images done by hand: an image is taken apart into ground, colour and coverage, and drawn anew.
 
-easy-VQA draws its shapes unrotated at 128x128 and halves the picture with a bilinear filter, so an outline is one or two pixels
-soft. `coverage` does the same: what is drawn here is as crisp as the data. A pixel is `ground + coverage * (color - ground)`.
-Boxes are (top, left, bottom, right) in pixels, in steps of half a pixel; images are uint8 [H, W, 3].
+easy-VQA draws its shapes unrotated at 128x128 and halves the picture with a bilinear filter, so an outline is one or
+two pixels soft. `coverage` does the same: what is drawn here is as crisp as the data. A pixel is
+`ground + coverage * (color - ground)`. Boxes are (top, left, bottom, right) in pixels, in steps of half a pixel;
+images are uint8 [H, W, 3].
 """
 
 import dataclasses
@@ -10,13 +11,13 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageDraw
 
-from npedit_jax.data.easyvqa import PALETTE
-from npedit_jax.evaluation import easyvqa_judge
+from npedit_jax.data.easyvqa import EDIT_TYPES, PALETTE, Edit
+from npedit_jax.evaluation.easyvqa_judge import Reading, read
 
 Box = tuple[float, float, float, float]
 
 TRIANGLE_HEIGHT = 0.866  # of its width: easy-VQA's triangles are equilateral, point up
-SMALLEST, LARGEST = 9.0, 33.0  # pixels: the sides of the shapes in the data
+SMALLEST, LARGEST = 9.0, 33.0  # pixels: the sides of the data's circles and squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Scene:
         return dataclasses.replace(self, kind=kind, box=box, alpha=coverage(kind, box, self.alpha.shape))
 
     def replaced(self, kind: str, aspect: float = 1.0) -> "Scene":
-        """Another kind of shape with the old one's colour, centre and size; aspect is a rectangle's width over its height."""
+        """Another kind of shape in the old one's place; `aspect` is a rectangle's width over its height."""
         return self.drawn(kind, box_like(self.box, kind, self.alpha.shape, aspect=aspect))
 
     def moved(self, down: float, right: float) -> "Scene":
         """The shape at another place, stopped at the border."""
-        top, left, bottom, k_right = self.box
-        return self.drawn(self.kind, fit((top + down, left + right, bottom + down, k_right + right), self.alpha.shape))
+        y0, x0, y1, x1 = self.box
+        return self.drawn(self.kind, fit((y0 + down, x0 + right, y1 + down, x1 + right), self.alpha.shape))
 
     def resized(self, scale: float) -> "Scene":
         """The shape grown or shrunk about its centre, stopped at the border."""
@@ -73,13 +74,13 @@ class Scene:
         return dataclasses.replace(self, ground=np.asarray(ground, np.float32))
 
 
-def take_apart(image: np.ndarray, reading: easyvqa_judge.Reading | None = None) -> Scene:
+def take_apart(image: np.ndarray, reading: Reading | None = None) -> Scene:
     """Takes an easy-VQA image apart; `render` of the result gives it back to within 2 of 255.
 
     Raises:
         ValueError: where the image does not show one shape of a palette colour.
     """
-    reading = reading or easyvqa_judge.read(image)
+    reading = reading or read(image)
     if reading.shape is None:
         raise ValueError(f"expected one easy-VQA shape; read the colour {reading.color} and the kind {reading.kind}")
     rgb = np.array(PALETTE[reading.color], np.float32)
@@ -89,6 +90,57 @@ def take_apart(image: np.ndarray, reading: easyvqa_judge.Reading | None = None) 
     if reading.kind == "triangle":  # its corners are too thin to show in full
         top, left, right = max(0.0, top - 0.5), max(0.0, left - 0.5), min(image.shape[1], right + 0.5)
     return Scene(reading.ground, rgb, alpha, reading.kind, (top, left, bottom, right))
+
+
+def apply(image: np.ndarray, edit: Edit) -> np.ndarray:
+    """Carries one edit out by hand."""
+    match edit.edit_type:
+        case "recolor":
+            return recolor(image, edit.target.color)
+        case "remove":
+            return remove(image)
+        case "replace":
+            return replace(image, edit.target.kind)
+        case "nothing":
+            return image.copy()
+        case other:
+            raise ValueError(f"expected one of the edit types {EDIT_TYPES}; found {other!r}")
+
+
+def recolor(image: np.ndarray, color: str) -> np.ndarray:
+    """The image with its shape in another palette colour."""
+    return take_apart(image).recolored(color).render()
+
+
+def remove(image: np.ndarray) -> np.ndarray:
+    """The image without its shape."""
+    return take_apart(image).removed().render()
+
+
+def replace(image: np.ndarray, kind: str) -> np.ndarray:
+    """The image with another kind of shape of the same colour, centre and size."""
+    return take_apart(image).replaced(kind).render()
+
+
+def move(image: np.ndarray, down: float, right: float) -> np.ndarray:
+    """The image with its shape moved by some pixels, stopped at the border."""
+    return take_apart(image).moved(down, right).render()
+
+
+def resize(image: np.ndarray, scale: float) -> np.ndarray:
+    """The image with its shape grown or shrunk by a factor, stopped at the border."""
+    return take_apart(image).resized(scale).render()
+
+
+def change_ground(image: np.ndarray, rgb: np.ndarray) -> np.ndarray:
+    """The image with its shape on a ground of another colour, RGB 0 to 255."""
+    return take_apart(image).on(rgb).render()
+
+
+def draw(kind: str, color: str, ground: np.ndarray, box: Box, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """An image of its own: one shape on a ground of any colour, RGB 0 to 255."""
+    rgb = np.array(PALETTE[color], np.float32)
+    return Scene(np.asarray(ground, np.float32), rgb, coverage(kind, box, size), kind, box).render()
 
 
 def bounding_box(alpha: np.ndarray) -> Box:
@@ -104,7 +156,15 @@ def bounding_box(alpha: np.ndarray) -> Box:
 
 
 def box_like(box: Box, kind: str, size: tuple[int, int], aspect: float = 1.0, scale: float = 1.0) -> Box:
-    """A box for a shape of `kind` with the centre and about the size of an old box, inside an image of (height, width) `size`."""
+    """A box for a shape of `kind` with the centre and about the size of an old box.
+
+    Args:
+        box: the old box.
+        kind: "circle", "rectangle" or "triangle".
+        size: (height, width) of the image, in which the box stays.
+        aspect: a rectangle's width over its height.
+        scale: the new shape's size, as a factor on the old one's; the result is kept to the data's sizes.
+    """
     top, left, bottom, right = box
     side = np.clip(scale * np.sqrt((bottom - top) * (right - left)), SMALLEST, LARGEST)
     height, width = {
@@ -125,7 +185,7 @@ def fit(box: Box, size: tuple[int, int]) -> Box:
 
 
 def coverage(kind: str, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """The part of each pixel that a shape covers, float32 [H, W] of (height, width) `size`, drawn the way easy-VQA draws."""
+    """The part of each pixel that a shape covers, float32 [H, W] for (height, width) `size`, as easy-VQA draws it."""
     height, width = size
     top, left, bottom, right = (round(2 * edge) for edge in box)
     canvas = Image.new("L", (2 * width, 2 * height))

@@ -76,10 +76,10 @@ def color_distances(rgb: np.ndarray) -> np.ndarray:
 def outline_kind(mask: np.ndarray) -> str | None:
     """The kind of shape that a non-empty mask outlines, from its bounding box; None where it is none of the three.
 
-    How full the box and its four outer quarters are tells the kinds apart. Over the 5,000 images of easy-VQA the box is at least
-    0.98 full for a rectangle, 0.77 to 0.91 for a circle, 0.50 to 0.71 for a triangle, and a triangle's lowest quarter is at least
-    0.62 fuller than its highest. A circle has a square box with outer quarters that match pairwise (to 0.19) and leaves the box's
-    corners free, where a square with blurred corners does not.
+    How full the box and its four outer quarters are tells the kinds apart. Over the 5,000 images of easy-VQA the box
+    is at least 0.98 full for a rectangle, 0.77 to 0.91 for a circle, 0.50 to 0.71 for a triangle, and a triangle's
+    lowest quarter is at least 0.62 fuller than its highest. A circle has a square box with outer quarters that match
+    pairwise, and it leaves the box's corners free, where a square with blurred corners does not.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -92,14 +92,15 @@ def outline_kind(mask: np.ndarray) -> str | None:
         return "rectangle"
     if 0.42 <= fill <= 0.74 and bottom - top >= 0.5 and abs(left - right) <= 0.25:
         return "triangle"
-    matched = abs(top - bottom) <= 0.21 and abs(left - right) <= 0.21 and abs(height - width) <= 0.2 * max(height, width)
-    if 0.7 <= fill <= 0.92 and matched and diagonal_fill(box) <= np.sqrt(0.5) + 1.2 / max(height, width):
+    side = max(height, width)
+    matched = abs(top - bottom) <= 0.25 and abs(left - right) <= 0.25 and abs(height - width) <= 0.2 * side
+    if 0.7 <= fill <= 0.92 and matched and diagonal_fill(box) <= np.sqrt(0.5) + 1.5 / side:
         return "circle"
     return None
 
 
 def diagonal_fill(box: np.ndarray) -> float:
-    """The filled part of the two diagonals of a bounding box: 1 for a rectangle, sqrt(1/2) for a circle, and a pixel's worth more."""
+    """The filled part of the two diagonals of a bounding box: 1 for a rectangle, about sqrt(1/2) for a circle."""
     height, width = box.shape
     steps = (np.arange(max(height, width)) + 0.5) / max(height, width)
     y, x = (steps * height).astype(int), (steps * width).astype(int)
@@ -142,8 +143,8 @@ def judge_reading(reference: np.ndarray, before: Reading, edited: np.ndarray, ed
 def recolored(reference: np.ndarray, before: Reading, edited: np.ndarray, after: Reading, color: str) -> bool:
     """At least 70 % of the old shape's solid pixels have the new colour, and the shape stayed where it was (IoU > 0.6).
 
-    Solid are the pixels near the shape's median colour. The anti-aliased rim is left out: it is a third of a small shape, and its
-    mixed colours are nearest to gray whatever the shape's own colour is.
+    Solid are the pixels near the shape's median colour. The anti-aliased rim is left out: it is a third of a small
+    shape, and its mixed colours are nearest to gray whatever the shape's own colour is.
     """
     shape_rgb = np.median(reference[before.mask], axis=0).astype(np.float32)
     solid = before.mask & (ground_distance(reference, shape_rgb) <= GROUND_DISTANCE)
@@ -154,7 +155,7 @@ def recolored(reference: np.ndarray, before: Reading, edited: np.ndarray, after:
 
 
 def removed(before: Reading, edited: np.ndarray, after: Reading) -> bool:
-    """At least 85 % of the old shape's pixels look like the old ground, little of the shape is left, and none came up elsewhere."""
+    """At least 85 % of the old shape's pixels look like the old ground, little of it is left, and no shape is new."""
     bare = (ground_distance(edited, before.ground) <= GROUND_DISTANCE)[before.mask].mean()
     left = np.count_nonzero(after.mask)
     elsewhere = np.count_nonzero(after.mask & ~dilate(before.mask))
@@ -162,8 +163,9 @@ def removed(before: Reading, edited: np.ndarray, after: Reading) -> bool:
 
 
 def replaced(before: Reading, after: Reading, kind: str) -> bool:
-    """A shape of the asked kind and the old colour stands in the old one's place (their bounding boxes overlap by IoU > 0.3)."""
-    return after.kind == kind and after.color == before.color and overlap(box_of(before.mask), box_of(after.mask)) > 0.3
+    """A shape of the asked kind and the old colour stands in the old one's place (their boxes overlap by IoU > 0.3)."""
+    in_place = overlap(box_of(before.mask), box_of(after.mask)) > 0.3
+    return after.kind == kind and after.color == before.color and in_place
 
 
 def box_of(mask: np.ndarray) -> np.ndarray:

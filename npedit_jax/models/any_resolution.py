@@ -1,7 +1,8 @@
-"""Images of any resolution as LLaVA-OneVision sees them: which tiles, and how the tiles' tokens become rows of the table.
+"""Images of any resolution as LLaVA-OneVision sees them: which tiles, and how their tokens become rows of the table.
 
 Source: `transformers.image_processing_utils.select_best_resolution`,
 `transformers.models.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel.pack_image_features`.
+Shape suffixes: T tiles of an image, N tokens of a tile, H rows and W columns of tokens, D model width.
 """
 
 import math
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Beyond this ratio of sides, tokens are resampled to what `max_tiles` tiles hold.
+# Beyond this ratio of the token grid's side to the side that `max_tiles` tiles have, it is resampled to the latter.
 RESAMPLE_ABOVE = 1.1
 
 

@@ -1,7 +1,8 @@
 """The scorer: a vision-language model that answers Yes/No questions about pictures, differentiable in their pixels.
 
-Shape suffixes: B batch, I images of a sample, H height, W width, C channels, N tokens of one image, M rows of a sample's
-image table, Q questions of a sample, L tokens of a question, S tokens of a packed row, D model width, V vocabulary.
+Shape suffixes: B batch, I images of a sample, T tiles of an image, H height, W width, C channels, N tokens of an image,
+M rows of a sample's image table, Q questions of a sample, L tokens of a question, S tokens of a packed row, D model
+width, V vocabulary.
 """
 
 from typing import Any
@@ -21,12 +22,12 @@ class ScorerOutput:
     """Answers to each question, float32.
 
     Attributes:
-      logits_BQ2: logits of (No, Yes) at the answer's place.
-      logsumexp_BQ: logsumexp over the whole vocabulary there: `logits - logsumexp` are the log-probabilities.
+      logits: [B, Q, 2], of (No, Yes) at the answer's place.
+      logsumexp: [B, Q], over the whole vocabulary there: `logits - logsumexp` are the answers' log-probabilities.
     """
 
-    logits_BQ2: jax.Array
-    logsumexp_BQ: jax.Array
+    logits: jax.Array
+    logsumexp: jax.Array
 
 
 class ShuffleProjector(nn.Module):
@@ -261,6 +262,6 @@ def _check_shapes(table: jax.Array, token_ids: jax.Array, *others: jax.Array) ->
     shapes = [x.shape for x in (token_ids, *others)]
     if len(set(shapes)) > 1 or table.ndim != 3 or table.shape[0] != token_ids.shape[0]:
         raise ValueError(
-            f"expected a table [B, M, D] and token ids, mask or positions, and image index of one shape [B, ...], found "
-            f"{table.shape} and {shapes}"
+            "expected a table [B, M, D], and token ids, mask or positions, and image index of one shape [B, ...], "
+            f"found {table.shape} and {shapes}"
         )

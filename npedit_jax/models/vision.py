@@ -1,7 +1,7 @@
 """The scorers' vision towers: one vision transformer whose settings make InternViT or SigLIP.
 
-Shape suffixes: B batch, H height, W width, C channels, P patch side, N image tokens, D model width, F MLP width, K heads,
-A head width.
+Shape suffixes: B batch, H height, W width, C channels, P patch side, N image tokens, D model width, F MLP width,
+K heads, A head width.
 """
 
 import functools
@@ -230,11 +230,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"width must be a multiple of heads, found width={self.width} and heads={self.heads}")
         if self.patch_size % 2 ** len(self.stem):
             raise ValueError(
-                f"each of the stem's {len(self.stem)} convolutions halves the picture, so patch_size must be a multiple "
-                f"of {2 ** len(self.stem)}, found {self.patch_size}"
+                f"each of the stem's {len(self.stem)} convolutions halves the picture, so patch_size must be a "
+                f"multiple of {2 ** len(self.stem)}, found {self.patch_size}"
             )
         if shape[1] % self.patch_size or shape[2] % self.patch_size:
             raise ValueError(
-                f"expected image sides that are multiples of patch_size={self.patch_size}, found {shape[1]}x{shape[2]}; "
-                "resize or pad the images"
+                f"expected image sides that are multiples of patch_size={self.patch_size}, found "
+                f"{shape[1]}x{shape[2]}; resize or pad the images"
             )

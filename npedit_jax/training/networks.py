@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from npedit_jax import weights
+from npedit_jax.weights import kinds
+from npedit_jax.weights.loading import read_config
 
 PACKAGE = "package:"
 
@@ -27,25 +29,21 @@ def resolve(directory: str) -> epath.Path:
     return epath.Path(directory)
 
 
-def example_inputs(kind: str, module: nn.Module) -> tuple[Any, ...]:
-    """Small arguments of a module's call, for initialisation and shape evaluation."""
-    if kind == "autoencoder":
-        side = 2 ** len(module.block_out_channels)
-        return (jnp.zeros((1, side, side, module.image_channels)),)
-    if kind == "zimage":
-        side = 2 * module.patch_size
-        latents = jnp.zeros((1, side, side, module.channels))
-        return latents, jnp.ones((1,)), jnp.zeros((1, 8, module.text_width)), jnp.ones((1, 8), bool)
-    if kind == "qwen3":
-        return jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
-    side = module.vision.image_size
-    ids = jnp.zeros((1, 1, 4), jnp.int32)
-    return jnp.zeros((1, 1, side, side, 3)), ids, jnp.ones((1, 1, 4), bool), jnp.full((1, 1, 4), -1)
-
-
 def initialise(kind: str, module: nn.Module, rng: jax.Array) -> Any:
     """Fresh parameters of a module."""
-    return jax.jit(module.init)(rng, *example_inputs(kind, module))["params"]
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in kinds.example_inputs(kind, module)]
+    return jax.jit(module.init)(rng, *inputs)["params"]
+
+
+def shapes(kind: str, module: nn.Module) -> Any:
+    """The tree of a module's parameters, shapes only."""
+    return jax.eval_shape(module.init, jax.random.key(0), *kinds.example_inputs(kind, module))["params"]
+
+
+def module_of(spec: Mapping[str, Any]) -> nn.Module:
+    """The module of a config's network, without any weights."""
+    architecture = read_config(resolve(spec["directory"])) if spec["directory"] else plain(spec["architecture"])
+    return weights.build(spec["kind"], architecture, **dict(spec["options"]))
 
 
 def create(spec: Mapping[str, Any], rng: jax.Array, dtype: str = "float32") -> Network:
@@ -68,12 +66,12 @@ def create(spec: Mapping[str, Any], rng: jax.Array, dtype: str = "float32") -> N
         )
     if directory:
         return Network(*weights.load(spec["kind"], resolve(directory), dtype=dtype, **options))
-    module = weights.build(spec["kind"], _plain(spec["architecture"]), **options)
+    module = module_of(spec)
     return Network(module, initialise(spec["kind"], module, rng))
 
 
-def _plain(config: Any) -> Any:
+def plain(config: Any) -> Any:
     """ConfigDicts and tuples as the dictionaries and lists that a config.json holds."""
     if isinstance(config, Mapping) or hasattr(config, "items"):
-        return {key: _plain(value) for key, value in config.items()}
-    return [_plain(value) for value in config] if isinstance(config, list | tuple) else config
+        return {key: plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, list | tuple) else config

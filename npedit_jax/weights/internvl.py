@@ -83,7 +83,7 @@ def build(config: dict[str, Any], answer_ids: tuple[int, int] | None = None, **o
     types = {key: options[key] for key in ("dtype", "param_dtype") if key in options}
     answer_ids = answer_ids or extra.get("answer_ids")
     return Scorer(
-        vision=_build_vision(config["vision_config"], names, extra, **options),
+        vision=build_vision(config["vision_config"], names, extra, **options),
         projector=ShuffleProjector(language.width, factor=round(1 / ratio), **types),
         language=language,
         answer_ids=tuple(answer_ids) if answer_ids else None,
@@ -152,7 +152,7 @@ def describe(module: Scorer) -> dict[str, Any]:
 
 def rows(module: Scorer) -> list[Row]:
     """Returns the name-mapping table of the scorer, in the layout that it came in."""
-    table = _vision_rows(module.vision, module.names)
+    table = vision_rows(module.vision, module.names)
     prefix, pieces = {
         "chat": ("mlp1.", ("0", "1", "3")),
         "native": ("multi_modal_projector.", ("layer_norm", "linear_1", "linear_2")),
@@ -183,7 +183,7 @@ def _language_config(config: dict[str, Any], names: str) -> dict[str, Any]:
     return language
 
 
-def _build_vision(config: dict[str, Any], names: str, extra: dict[str, Any], **options: Any) -> VisionTransformer:
+def build_vision(config: dict[str, Any], names: str, extra: dict[str, Any], **options: Any) -> VisionTransformer:
     check_fixed(config, FIXED_VISION[names], "InternVL vision config")
     sides = {key: config[key] for key in ("image_size", "patch_size")}
     for key, side in sides.items():
@@ -213,7 +213,7 @@ def _build_vision(config: dict[str, Any], names: str, extra: dict[str, Any], **o
     )
 
 
-def _vision_rows(vision: VisionTransformer, names: str) -> list[Row]:
+def vision_rows(vision: VisionTransformer, names: str) -> list[Row]:
     embeddings = EMBEDDINGS[names]
     table = conv_rows(embeddings["patch"], "vision/patch_embedding")
     table.append(Row(embeddings["class"], "vision/class_token", "leading"))

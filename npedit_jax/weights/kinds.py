@@ -46,7 +46,7 @@ def parameter_shapes(kind: str, module: nn.Module) -> dict[str, tuple[int, ...]]
     """Returns the shape of every parameter by its "/"-joined path; nothing is computed or allocated."""
     if getattr(module, "answer_ids", ()) is None:
         module = module.clone(answer_ids=(0, 1))  # whichever tokens answer, the parameters are the same
-    variables = jax.eval_shape(module.init, jax.random.key(0), *_example(kind, module))
+    variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(kind, module))
     flat = flax.traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
@@ -59,7 +59,7 @@ def table_name(kind: str, name: str) -> str:
     return name
 
 
-def _example(kind: str, module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
+def example_inputs(kind: str, module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Returns the smallest arguments that a call of the module takes (`module.init` traces one)."""
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -42,26 +42,13 @@ def build(config: dict[str, Any], answer_ids: tuple[int, int] | None = None, **o
     if config.get("model_type") != "llava_onevision":
         raise ValueError(f"expected a scorer of model_type 'llava_onevision', found {config.get('model_type')!r}")
     check_fixed(config, FIXED, "LLaVA-OneVision config")
-    text, vision = dict(config["text_config"]), config["vision_config"]
-    check_fixed(vision, FIXED_VISION, "LLaVA-OneVision vision config")
+    text = dict(config["text_config"])
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     language = build_decoder(text, **options)
     types = {key: options[key] for key in ("dtype", "param_dtype") if key in options}
     answer_ids = answer_ids or config.get("npedit", {}).get("answer_ids")
     return Scorer(
-        vision=VisionTransformer(
-            width=vision["hidden_size"],
-            layers=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            mlp_width=vision["intermediate_size"],
-            patch_size=vision["patch_size"],
-            image_size=vision["image_size"],
-            epsilon=vision.get("layer_norm_eps", 1e-6),
-            activation="gelu_tanh",
-            class_token=False,
-            layer_scale=None,
-            **options,
-        ),
+        vision=build_vision(config["vision_config"], **options),
         projector=NewlineProjector(
             language.width,
             resolutions=tuple(tuple(size) for size in config.get("image_grid_pinpoints", ())),
@@ -73,6 +60,24 @@ def build(config: dict[str, Any], answer_ids: tuple[int, int] | None = None, **o
         pixel_mean=SIGLIP[0],
         pixel_deviation=SIGLIP[1],
         names="native",
+    )
+
+
+def build_vision(config: dict[str, Any], **options: Any) -> VisionTransformer:
+    """Builds SigLIP from a scorer's `vision_config`; raises ValueError as `build`."""
+    check_fixed(config, FIXED_VISION, "LLaVA-OneVision vision config")
+    return VisionTransformer(
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        patch_size=config["patch_size"],
+        image_size=config["image_size"],
+        epsilon=config.get("layer_norm_eps", 1e-6),
+        activation="gelu_tanh",
+        class_token=False,
+        layer_scale=None,
+        **options,
     )
 
 
@@ -105,9 +110,7 @@ def describe(module: Scorer) -> dict[str, Any]:
 
 def rows(module: Scorer) -> list[Row]:
     """Returns the name-mapping table of the scorer, SigLIP's final norm as unused rows."""
-    table = conv_rows("vision_tower.embeddings.patch_embedding", "vision/patch_embedding")
-    table.append(Row("vision_tower.embeddings.position_embedding.weight", "vision/positions"))
-    table += layer_rows(module.vision, "vision_tower.encoder.layers.{i}", "vision/layers", LAYER_NAMES)
+    table = vision_rows(module.vision)
     for theirs, ours in (("weight", "scale"), ("bias", "bias")):
         table.append(Row(f"vision_tower.post_layernorm.{theirs}", f"unused/vision_norm/{ours}", unused=True))
     table += dense_rows("multi_modal_projector.linear_1", "projector/up")
@@ -116,6 +119,13 @@ def rows(module: Scorer) -> list[Row]:
     return table + decoder_rows(
         module.language, "language_model.model.", "language/", head="language_model.lm_head.weight"
     )
+
+
+def vision_rows(vision: VisionTransformer) -> list[Row]:
+    """Returns the rows of the vision tower alone."""
+    table = conv_rows("vision_tower.embeddings.patch_embedding", "vision/patch_embedding")
+    table.append(Row("vision_tower.embeddings.position_embedding.weight", "vision/positions"))
+    return table + layer_rows(vision, "vision_tower.encoder.layers.{i}", "vision/layers", LAYER_NAMES)
 
 
 def _max_tiles(config: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """Qwen3 as text encoder, in transformers' layout (`Qwen3Model` or `Qwen3ForCausalLM`).
 
-The text encoder reads the second-to-last layer: the last layer and the final norm of the file are `unused` rows.
+The text encoder reads the second-to-last layer: the last layer, the final norm and the output matrix (which the file
+may lack, where it is tied to the embedding or was not saved) are `unused` rows.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ def build(config: dict[str, Any], **options: Any) -> TextEncoder:
       options: fields of `Decoder` that the file does not hold (`dtype`, `remat`, ...), or overrides.
 
     Raises:
-      ValueError: not a Qwen3 config, or one with untied output embeddings or less than two layers.
+      ValueError: not a Qwen3 config, or one of less than two layers.
     """
     if config.get("model_type") != "qwen3":
         raise ValueError(f"expected a text encoder of model_type 'qwen3', found {config.get('model_type')!r}")
@@ -26,7 +27,7 @@ def build(config: dict[str, Any], **options: Any) -> TextEncoder:
             f"the text encoder leaves the last layer out, found num_hidden_layers = {config['num_hidden_layers']}; "
             "give a language model of two layers or more"
         )
-    # The output matrix of an untied model would be an unused tensor that no text encoder directory holds.
+    # No output matrix is ever made: as far as the text encoder goes, it is tied.
     fields = {"layers": config["num_hidden_layers"] - 1, "final_norm": False, "tied_embeddings": True}
     return TextEncoder(build_decoder(config, **(fields | options)))
 
@@ -38,9 +39,10 @@ def describe(module: TextEncoder) -> dict[str, Any]:
 
 
 def rows(module: TextEncoder) -> list[Row]:
-    """Returns the name-mapping table, the last layer and the final norm as unused rows."""
+    """Returns the name-mapping table, with what lies beyond the second-to-last layer as unused rows."""
     decoder = module.decoder
     table = decoder_rows(decoder, target="decoder/")
     table += layer_rows(decoder, f"layers.{decoder.layers}", "unused/last_layer", layers=0, unused=True)
     table.append(Row("norm.weight", "unused/norm/scale", unused=True))
+    table.append(Row("lm_head.weight", "unused/unembedding/kernel", "dense", unused=True))
     return table

@@ -1,0 +1,83 @@
+"""The small text-to-image model of the easy-VQA experiment: a Z-Image denoiser and its Qwen3 text encoder, from scratch.
+
+Laptop: python -m npedit_jax.train --config configs/easyvqa/base.py --workdir runs/easyvqa-base
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the experiment."""
+    config = ConfigDict()
+    config.stage = "base"
+    config.seed = 0
+    config.steps = 3500
+    config.batch_size = 32
+    config.cpu_devices = 2
+
+    config.networks = ConfigDict()
+    config.networks.autoencoder = network("autoencoder", "package:pretrained/easyvqa/vae")
+    config.networks.denoiser = network(
+        "zimage",
+        architecture=dict(
+            in_channels=8,
+            dim=128,
+            n_layers=6,
+            n_refiner_layers=1,
+            n_heads=4,
+            cap_feat_dim=96,
+            rope_theta=256.0,
+            axes_dims=(8, 12, 12),
+            axes_lens=(64, 16, 16),
+            # Choices of the small experiment; the full-size network keeps Z-Image's own.
+            npedit=dict(prediction="sample", position_embedding="sinusoidal", pad_multiple=16),
+        ),
+    )
+    config.networks.text_encoder = network(
+        "qwen3",
+        architecture=dict(
+            model_type="qwen3",
+            vocab_size=41,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,  # the last one is never computed
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            attention_bias=False,
+            tie_word_embeddings=True,
+            hidden_act="silu",
+        ),
+    )
+    config.data = ConfigDict(
+        dict(
+            text_tokenizer="package:pretrained/easyvqa/text_encoder",
+            text_length=16,  # tokens
+            # The empty picture and other places of the shape are what a pretrained text-to-image model would know.
+            options=dict(caption_dropout=0.1, plain_share=0.08, redraw=0.3),
+        )
+    )
+    config.step = ConfigDict(dict(ema=0.99, skip_norm=1000.0, time_shift=3.0, weighting="uniform", endpoint=0.0))
+    muon = dict(
+        name="muon",
+        learning_rate=1.5e-3,
+        final_learning_rate=5e-5,
+        warmup_steps=100,
+        b1=0.95,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=5.0,
+    )
+    config.optimizer = ConfigDict(dict(denoiser=muon, text_encoder=muon))
+    config.sampling = ConfigDict(dict(steps=12, time_shift=3.0))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.checkpoint = ConfigDict(dict(every=250, keep=2))
+    config.log = ConfigDict(dict(every=20, preview_every=500))
+    return config
+
+
+def network(kind: str, directory: str = "", architecture: dict | None = None) -> ConfigDict:
+    """One network: its weights' directory, or the architecture of a fresh one."""
+    return ConfigDict(dict(kind=kind, directory=directory, architecture=architecture or {}, options={}))

@@ -1,0 +1,54 @@
+"""Teaches the small student to copy its reference image, starting from the base model.
+
+Laptop: python -m npedit_jax.train --config configs/easyvqa/warmup.py --workdir runs/easyvqa-warmup
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the experiment."""
+    config = ConfigDict()
+    config.stage = "warmup"
+    config.seed = 0
+    config.steps = 1200
+    config.batch_size = 24
+    config.cpu_devices = 2
+
+    config.networks = ConfigDict()
+    config.networks.autoencoder = network("autoencoder", "package:pretrained/easyvqa/vae")
+    config.networks.student = network("zimage", "package:pretrained/easyvqa/transformer")
+    config.networks.text_encoder = network("qwen3", "package:pretrained/easyvqa/text_encoder")
+    config.data = ConfigDict(
+        dict(
+            text_tokenizer="package:pretrained/easyvqa/text_encoder",
+            text_length=16,  # tokens
+            options=dict(caption_dropout=0.1),
+        )
+    )
+    # Copying matters most at pure noise, where the few-step editor starts.
+    config.step = ConfigDict(dict(ema=0.98, skip_norm=1000.0, time_shift=3.0, weighting="uniform", endpoint=0.3))
+    config.optimizer = ConfigDict(
+        dict(
+            student=dict(
+                name="muon",
+                learning_rate=1e-3,
+                final_learning_rate=5e-5,
+                warmup_steps=50,
+                b1=0.95,
+                b2=0.99,
+                weight_decay=0.0,
+                clip_norm=5.0,
+            )
+        )
+    )
+    config.sampling = ConfigDict(dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.checkpoint = ConfigDict(dict(every=200, keep=2))
+    config.log = ConfigDict(dict(every=20, preview_every=300))
+    return config
+
+
+def network(kind: str, directory: str) -> ConfigDict:
+    """One network with the directory of its weights."""
+    return ConfigDict(dict(kind=kind, directory=directory, architecture={}, options={}))

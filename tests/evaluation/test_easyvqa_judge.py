@@ -1,0 +1,124 @@
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from npedit_jax.data import easyvqa, easyvqa_edits
+from npedit_jax.evaluation import easyvqa_judge
+
+CHANGES = ("recolor", "remove", "replace")
+
+
+@pytest.fixture(scope="module")
+def test_split():
+    return easyvqa.load("test")
+
+
+@pytest.fixture(scope="module")
+def readings(test_split):
+    return [easyvqa_judge.read(image) for image in test_split.images]
+
+
+def share_done(split, readings, edit_type, candidate, seed=0):
+    """How often `candidate(index, edit)` passes for the edit, over a whole split."""
+    rng = np.random.default_rng(seed)
+    done = []
+    for index, (image, reading) in enumerate(zip(split.images, readings, strict=True)):
+        edit = easyvqa.draw_edit(rng, split.shapes[index], edit_type)
+        done.append(easyvqa_judge.judge_reading(image, reading, candidate(index, edit), edit).done)
+    return np.mean(done)
+
+
+def blurred(image, sigma):
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_reads_every_image_as_the_package_answers(split):
+    data = easyvqa.load(split)
+    start = time.perf_counter()
+    readings = [easyvqa_judge.read(image) for image in data.images]
+    assert (time.perf_counter() - start) / len(readings) < 5e-3
+    colors, kinds = data.answered.T
+    assert colors.mean() > 0.7 and kinds.mean() > 0.7
+    for reading, shape, color_answered, kind_answered in zip(readings, data.shapes, colors, kinds, strict=True):
+        assert reading.color == shape.color or not color_answered
+        assert reading.kind == shape.kind or not kind_answered
+        assert reading.shape is not None
+
+
+@pytest.mark.parametrize("edit_type", CHANGES)
+def test_what_is_no_edit_scores_nothing(test_split, readings, edit_type):
+    images, other = test_split.images, np.random.default_rng(1).permutation(len(test_split))
+    noise = np.random.default_rng(2).integers(0, 256, images[0].shape).astype(np.uint8)
+    limits = {
+        "copy": (lambda index, edit: images[index], 0.0),
+        "blurred copy": (lambda index, edit: blurred(images[index], 1 + index % 3), 0.01),
+        "unrelated image": (lambda index, edit: images[other[index]], 0.01),
+        "noise": (lambda index, edit: noise, 0.0),
+    }
+    for name, (candidate, limit) in limits.items():
+        assert share_done(test_split, readings, edit_type, candidate) <= limit, name
+
+
+@pytest.mark.parametrize("edit_type", easyvqa.EDIT_TYPES)
+def test_edits_by_hand_are_done_and_keep_the_rest(test_split, edit_type):
+    rng = np.random.default_rng(3)
+    for image, shape in zip(test_split.images, test_split.shapes, strict=True):
+        edit = easyvqa.draw_edit(rng, shape, edit_type)
+        judgement = easyvqa_judge.judge(image, easyvqa_edits.apply(image, edit), edit)
+        assert judgement.done, edit
+        assert judgement.kept_error <= 0.5, edit
+
+
+def test_doing_nothing_is_judged_by_shape_and_colour(test_split, readings):
+    images = test_split.images
+    assert share_done(test_split, readings, "nothing", lambda index, edit: images[index]) == 1
+    assert share_done(test_split, readings, "nothing", lambda index, edit: images[index - 1]) <= 0.01
+
+
+def test_wrong_edits_are_not_done(test_split):
+    image, source = test_split.images[0], test_split.shapes[0]
+    rng = np.random.default_rng(4)
+    scene = easyvqa_edits.take_apart(image)
+    recolor, replace, remove = (easyvqa.draw_edit(rng, source, name) for name in ("recolor", "replace", "remove"))
+    wrong_color = next(color for color in easyvqa.COLORS if color not in (source.color, recolor.target.color))
+    wrong_kind = next(kind for kind in easyvqa.CLASSES if kind not in (source.kind, replace.target.kind))
+    rendered = {
+        recolor: (scene.recolored(wrong_color), scene.recolored(recolor.target.color).moved(20, -20)),
+        replace: (scene.replaced(wrong_kind), scene.replaced(replace.target.kind).recolored(wrong_color)),
+        remove: (scene.moved(20, -20), scene.resized(0.7), scene.recolored(wrong_color)),
+    }
+    for edit, scenes in rendered.items():
+        for wrong in scenes:
+            assert not easyvqa_judge.judge(image, wrong.render(), edit).done, edit
+
+
+def test_kept_error_counts_only_what_had_to_stay():
+    ground = (240, 250, 245)
+    image = easyvqa_edits.draw("circle", "red", ground, (20, 20, 40, 40))
+    edited = easyvqa_edits.draw("circle", "blue", ground, (20, 20, 40, 40))
+    edit = easyvqa.Edit("recolor", "", easyvqa.Shape("red", "circle"), easyvqa.Shape("blue", "circle"))
+    assert easyvqa_judge.judge(image, edited, edit).kept_error < 0.1
+    edited[:] -= np.array([9, 0, 0], np.uint8)
+    assert easyvqa_judge.judge(image, edited, edit).kept_error == pytest.approx(3, abs=0.1)
+
+
+def test_dilate_grows_by_one_pixel_each_way_and_stops_at_the_border():
+    mask = np.zeros((5, 5), bool)
+    mask[0, 2] = True
+    assert easyvqa_judge.dilate(mask).sum() == 6 and easyvqa_judge.dilate(mask)[:2, 1:4].all()
+
+
+def test_bad_input_is_refused(test_split):
+    image, shape = test_split.images[0], test_split.shapes[0]
+    edit = easyvqa.draw_edit(np.random.default_rng(0), shape, "remove")
+    with pytest.raises(ValueError, match="uint8"):
+        easyvqa_judge.read(image / 255)
+    with pytest.raises(ValueError, match="one size"):
+        easyvqa_judge.judge(image, image[:32], edit)
+    with pytest.raises(ValueError, match="no shape"):
+        easyvqa_judge.judge(np.full_like(image, 240), image, edit)
+    with pytest.raises(ValueError, match="edit types"):
+        easyvqa_judge.judge(image, image, easyvqa.Edit("rotate", "", shape, shape))
