@@ -131,7 +131,10 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of Z-Image's own time (1 is clean), [cosines, sines], then a two-layer MLP; all in float32."""
+    """Sinusoids of Z-Image's own time (1 is clean), [cosines, sines], then a two-layer MLP; all in float32.
+
+    Takes times of any shape and appends an axis of `width`.
+    """
 
     width: int
     scale: float
@@ -140,7 +143,7 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, time: jax.Array) -> jax.Array:
         half = TIME_FREQUENCIES // 2
-        # Exponents rounded to float32 as in the original: angles reach 1000, where the last digit of a frequency counts.
+        # Exponents rounded to float32 as in the original: angles reach 1000, where a frequency's last digit counts.
         exponent = -np.float32(np.log(TIME_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
         frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
         angle = (time.astype(jnp.float32) * self.scale)[..., None] * frequency.reshape((1,) * time.ndim + (half,))

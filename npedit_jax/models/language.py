@@ -19,8 +19,8 @@ def token_positions(mask_BS: jax.Array) -> jax.Array:
 
     With padding on the right this is 0, 1, 2, ... also over the padding, as in the original.
     """
-    first_B1 = jnp.argmax(mask_BS, axis=-1, keepdims=True)
-    return jnp.maximum(jnp.arange(mask_BS.shape[-1], dtype=jnp.int32) - first_B1.astype(jnp.int32), 0)
+    first_B1 = jnp.argmax(mask_BS, axis=-1, keepdims=True).astype(jnp.int32)
+    return jnp.maximum(jnp.arange(mask_BS.shape[-1], dtype=jnp.int32)[None] - first_B1, 0)
 
 
 def causal_mask(mask_BS: jax.Array, segment_ids_BS: jax.Array | None = None) -> jax.Array:

@@ -174,19 +174,20 @@ class VisionTransformer(nn.Module):
         """Encodes prepared pixels.
 
         Args:
-          pixels_BHWC: normalised pixels, sides a multiple of `patch_size`; another size than `image_size` has the
-            position table interpolated.
+          pixels_BHWC: normalised pixels; rows and columns beyond the last whole patch are not looked at (of SigLIP's
+            384, 6), and another size than `image_size` has the position table interpolated.
 
         Returns:
           [B, N, D] in `dtype`: the output of the last layer, without a final norm, patches in row order; a class token
           comes first where there is one.
 
         Raises:
-          ValueError: image sides or settings that do not fit together, naming them.
+          ValueError: images smaller than a patch, or settings that do not fit together, naming them.
         """
         self._check(pixels_BHWC.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = pixels_BHWC.astype(self.dtype)
+        rows, columns = (side - side % self.patch_size for side in pixels_BHWC.shape[1:3])
+        x = pixels_BHWC[:, :rows, :columns].astype(self.dtype)
         for index, channels in enumerate(self.stem):
             x = nn.gelu(
                 nn.Conv(channels, (3, 3), strides=2, padding=1, name=f"stem_{index}", **types)(x), approximate=False
@@ -233,8 +234,8 @@ class VisionTransformer(nn.Module):
                 f"each of the stem's {len(self.stem)} convolutions halves the picture, so patch_size must be a "
                 f"multiple of {2 ** len(self.stem)}, found {self.patch_size}"
             )
-        if shape[1] % self.patch_size or shape[2] % self.patch_size:
+        if min(shape[1:3]) < self.patch_size:
             raise ValueError(
-                f"expected image sides that are multiples of patch_size={self.patch_size}, found "
-                f"{shape[1]}x{shape[2]}; resize or pad the images"
+                f"expected images of at least one patch of {self.patch_size} pixels, found {shape[1]}x{shape[2]}; "
+                "resize the images, or choose a smaller patch_size"
             )

@@ -40,6 +40,7 @@ class EditSettings:
     scorer_noise: float = 0.0  # standard deviation of the noise on the pixels that the scorer sees, in [-1, 1] units
     ema: float = 0.999
     skip_norm: float = 300.0
+    frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
 
 
 class StudentDraws(NamedTuple):
@@ -61,9 +62,11 @@ class LossDraws(NamedTuple):
 class Conditions(NamedTuple):
     """What the networks are given beside the latents, none of it with a gradient."""
 
-    reference: jax.Array  # latents [B, H, W, C]
+    pixels: jax.Array  # the reference image [B, height, width, 3] in [-1, 1]
+    reference: jax.Array  # its latents [B, H, W, C]
     instruction: Text
-    caption: Text
+    caption: Text  # of the edited image
+    negative: Text  # one prompt for the whole batch, [1, L, D]
 
 
 def draw_student(rng: jax.Array, shape: tuple[int, ...], times: tuple[float, ...]) -> StudentDraws:
@@ -87,14 +90,14 @@ def encode_text(modules: Modules, params: Params, ids: jax.Array, mask: jax.Arra
 
 
 def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> Conditions:
-    """Encodes the reference, the instruction and the edited image's caption."""
-    reference = modules["autoencoder"].apply(
-        {"params": frozen["autoencoder"]}, to_pixels(batch["reference"]), method="encode"
+    """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
+    pixels = to_pixels(batch["reference"])
+    reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
+    texts = (
+        encode_text(modules, frozen["text_encoder"], batch[f"{kind}_ids"], batch[f"{kind}_mask"])
+        for kind in ("instruction", "caption", "negative")
     )
-    encode = lambda kind: encode_text(  # noqa: E731
-        modules, frozen["text_encoder"], batch[f"{kind}_ids"], batch[f"{kind}_mask"]
-    )
-    return jax.lax.stop_gradient(Conditions(reference, encode("instruction"), encode("caption")))
+    return jax.lax.stop_gradient(Conditions(pixels, reference, *texts))
 
 
 def edit(modules: Modules, params: Params, given: Conditions, draws: StudentDraws, *, two_steps: bool) -> jax.Array:
@@ -112,8 +115,7 @@ def scores(
     real: Params,
     fake: Params,
     x0: jax.Array,
-    caption: Text,
-    negative: Text,
+    given: Conditions,
     guidance: jax.Array,
     draws: LossDraws,
 ) -> tuple[jax.Array, jax.Array]:
@@ -121,13 +123,14 @@ def scores(
     t = draws.time
     x_t = flow.add_noise(x0, draws.noise, t)
     # Both prompts in one call: the frozen network runs once, at twice the batch.
-    pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), caption, negative)
+    negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (x0.shape[0], *x.shape[1:])), given.negative)
+    pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), given.caption, negative)
     both = modules["real_score"].apply(
         {"params": real}, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), *pair
     )
     positive, other = jnp.split(both, 2)
     real_x0 = flow.clean_from_velocity(x_t, matching.guide(positive, other, guidance), t)
-    fake_velocity = modules["fake_score"].apply({"params": fake}, x_t, t, *caption)
+    fake_velocity = modules["fake_score"].apply({"params": fake}, x_t, t, *given.caption)
     return real_x0, flow.clean_from_velocity(x_t, fake_velocity, t)
 
 
@@ -163,53 +166,60 @@ def student_loss(
     """
     student_draws, draws = draws
     x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
+    weight = batch["weight"]
+    identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
+    losses = settings.identity_weight * batch["identity_weight"] * identity
+    metrics = {"loss/identity": average(identity, weight * batch["identity_weight"])}
+    if settings.dmd_weight:
+        real_x0, fake_x0 = scores(
+            modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given, batch["guidance"], draws
+        )
+        dmd = matching.matching_loss(x0, real_x0, fake_x0, normalizer=settings.dmd_normalizer)
+        losses += settings.dmd_weight * batch["dmd_weight"] * dmd
+        metrics["loss/dmd"] = average(dmd, weight)
+    if settings.scorer_weight:
+        scorer, scorer_metrics = scorer_loss(modules, frozen, x0, batch, given, draws.pixel_rng, step, settings)
+        losses += settings.scorer_weight * scorer
+        metrics |= scorer_metrics
+    total = average(losses, weight)
+    return total, metrics | {"loss": total}
 
-    negative = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (x0.shape[0], *x.shape[1:])),
-        encode_text(modules, frozen["text_encoder"], batch["negative_ids"], batch["negative_mask"]),
-    )
-    real_x0, fake_x0 = scores(
-        modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given.caption, negative, batch["guidance"], draws
-    )
-    dmd = matching.matching_loss(x0, real_x0, fake_x0, normalizer=settings.dmd_normalizer)
 
+def average(x_B: jax.Array, weight_B: jax.Array) -> jax.Array:
+    """Weighted mean over the batch; 0 where all weights are."""
+    return jnp.sum(x_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1e-6)
+
+
+def scorer_loss(
+    modules: Modules,
+    frozen: Mapping[str, Params],
+    x0: jax.Array,
+    batch: Batch,
+    given: Conditions,
+    pixel_rng: jax.Array | None,
+    step: jax.Array,
+    settings: EditSettings,
+) -> tuple[jax.Array, Metrics]:
+    """The scorer's loss [B] on the decoded x0, and the mean probability that it gives to the wanted answers."""
     decoded = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, x0, method="decode")
     if settings.scorer_noise:
-        decoded = decoded + settings.scorer_noise * jax.random.normal(draws.pixel_rng, decoded.shape)
-    output = answers(modules, frozen["scorer"], to_pixels(batch["reference"]), decoded, batch)
+        decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
+    output = answers(modules, frozen["scorer"], given.pixels, decoded, batch)
     scale = feedback.temperature(
         step, settings.temperature_start, settings.temperature_end, settings.temperature_steps
     )
-    scorer = feedback.answer_loss(
-        output.logits,
-        output.logsumexp,
-        batch["answer"],
-        batch["question_weight"],
-        scale=scale,
-        form=settings.scorer_form,
+    wanted, weight_BQ = batch["answer"], batch["question_weight"]
+    loss = feedback.answer_loss(
+        output.logits, output.logsumexp, wanted, weight_BQ, scale=scale, form=settings.scorer_form
     )
-
-    identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
-    losses = (
-        settings.dmd_weight * batch["dmd_weight"] * dmd
-        + settings.scorer_weight * scorer
-        + settings.identity_weight * batch["identity_weight"] * identity
-    )
-    weight = batch["weight"]
-    average = lambda x, w: jnp.sum(x * w) / jnp.maximum(jnp.sum(w), 1e-6)  # noqa: E731
-    total = average(losses, weight)
     yes = feedback.yes_probability(output.logits)
-    right = jnp.where(batch["answer"] > 0.5, yes, 1.0 - yes)
-    question_weight = batch["question_weight"] * weight[:, None]
-    metrics = {
-        "loss": total,
-        "loss/dmd": average(dmd, weight),
-        "loss/scorer": average(scorer, weight),
-        "loss/identity": average(identity, weight * batch["identity_weight"]),
-        "scorer/edit": average(right[:, 0], question_weight[:, 0]),
-        "scorer/identity": average(right[:, 1], question_weight[:, 1]),
+    right_BQ = jnp.where(wanted > 0.5, yes, 1.0 - yes)
+    weight_BQ = weight_BQ * batch["weight"][:, None]
+    return loss, {
+        "loss/scorer": average(loss, batch["weight"]),
+        "scorer/edit": average(right_BQ[:, 0], weight_BQ[:, 0]),
+        "scorer/identity": average(right_BQ[:, 1], weight_BQ[:, 1]),
     }
-    return total, metrics
 
 
 def fake_score_loss(
@@ -227,8 +237,7 @@ def fake_score_loss(
     x0 = jax.lax.stop_gradient(edit(modules, student, given, student_draws, two_steps=two_steps))
     x_t = flow.add_noise(x0, draws.noise, draws.time)
     velocity = modules["fake_score"].apply({"params": fake}, x_t, draws.time, *given.caption)
-    loss = flow.velocity_loss(velocity, x0, draws.noise)
-    return jnp.sum(loss * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1e-6)
+    return average(flow.velocity_loss(velocity, x0, draws.noise), batch["weight"])
 
 
 def _draw_losses(rng: jax.Array, shape: tuple[int, ...], low: float, high: float, shift: float) -> LossDraws:
@@ -258,7 +267,7 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
             two_steps, gradient(True), gradient(False), state.params["fake_score"], state.params["student"]
         )
         state, metrics = states.apply_gradients(
-            state, "fake_score", gradients, rules["fake_score"], skip_norm=settings.skip_norm
+            state, "fake_score", gradients, rules["fake_score"], skip_norm=settings.skip_norm, frozen=settings.frozen
         )
         return state, metrics | {"loss/fake_score": loss}
 
@@ -276,7 +285,7 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
             two_steps, gradient(True), gradient(False), state.params["student"], state.params["fake_score"]
         )
         state, update = states.apply_gradients(
-            state, "student", gradients, rules["student"], skip_norm=settings.skip_norm
+            state, "student", gradients, rules["student"], skip_norm=settings.skip_norm, frozen=settings.frozen
         )
         return state, metrics | update
 
@@ -286,9 +295,11 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
         rngs = jax.random.split(rng, batches["reference"].shape[0])
         inner = jax.tree.map(lambda x: x[:-1], batches)
         last = jax.tree.map(lambda x: x[-1], batches)
-        state, fake_metrics = jax.lax.scan(
-            lambda carry, item: fake_update(carry, frozen, *item, two_steps), state, (inner, rngs[:-1])
-        )
+        fake_metrics = {}
+        if len(rngs) > 1:
+            state, fake_metrics = jax.lax.scan(
+                lambda carry, item: fake_update(carry, frozen, *item, two_steps), state, (inner, rngs[:-1])
+            )
         state, metrics = student_update(state, frozen, last, rngs[-1], two_steps)
         metrics |= jax.tree.map(lambda x: x[-1], fake_metrics)
         return states.finish_step(state, settings.ema), metrics | {"unroll": 1 + two_steps.astype(jnp.int32)}

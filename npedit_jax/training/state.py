@@ -41,8 +41,15 @@ def apply_gradients(
     rule: optax.GradientTransformation,
     *,
     skip_norm: float = float("inf"),
+    frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates one network, guarded; the step count and the averages are left to `finish_step`."""
+    """Updates one network, guarded; the step count and the averages are left to `finish_step`.
+
+    Parameters whose last name is among `frozen` get no gradient, and none of it counts in the norm.
+    """
+    gradients = jax.tree_util.tree_map_with_path(
+        lambda path, g: jnp.zeros_like(g) if path[-1].key in frozen else g, gradients
+    )
     update = optimizer.guarded_update(
         rule, state.params[name], state.optimizer[name], gradients, skip_norm=skip_norm
     )

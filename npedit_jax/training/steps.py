@@ -28,14 +28,19 @@ def to_pixels(image: jax.Array) -> jax.Array:
 
 
 def _train(
-    loss: Callable[..., tuple[jax.Array, Metrics]], rules: Rules, *, ema: float, skip_norm: float
+    loss: Callable[..., tuple[jax.Array, Metrics]],
+    rules: Rules,
+    *,
+    ema: float,
+    skip_norm: float,
+    frozen_names: tuple[str, ...] = (),
 ) -> Step:
     """One gradient step on every trained network of a stage: `loss(params, frozen, batch, rng) -> (loss, metrics)`."""
 
     def step(state, frozen, batch, rng):
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
         for name, rule in rules.items():
-            state, update = states.apply_gradients(state, name, gradients[name], rule, skip_norm=skip_norm)
+            state, update = states.apply_gradients(state, name, gradients[name], rule, skip_norm=skip_norm, frozen=frozen_names)
             metrics |= update
         return states.finish_step(state, ema), metrics
 
@@ -140,7 +145,8 @@ def warmup_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float,
         )
         return jnp.mean(losses), {"loss": jnp.mean(losses)}
 
-    return _train(loss, rules, ema=ema, skip_norm=skip_norm)
+    # The pad tokens are the base model's: the student shares them with the score networks.
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm, frozen_names=("x_pad_token", "cap_pad_token"))
 
 
 def scorer_step(

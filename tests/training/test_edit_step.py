@@ -1,0 +1,253 @@
+"""The edit stage's losses and gradients against the PyTorch release's own trainer, and over batches.
+
+The golden runs are float32 at batch 1, with every random draw saved: one step, two steps, and "do nothing".
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from npedit_jax import weights
+from npedit_jax.objectives import unroll
+from npedit_jax.training import edit_step
+from npedit_jax.training.edit_step import Conditions, EditSettings, LossDraws, StudentDraws
+from npedit_jax.weights.kinds import kind_module
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TIMES = (1.0, 0.9474, 0.8571, 0.6667)
+SETTINGS = EditSettings(times=TIMES)
+# Of each case: the trainer's step, caption lengths (instruction, edited caption, negative), guidance, second time,
+# wanted answers, images of the edit question, weight of the identity loss.
+CASES = {
+    "u1": (306, (35, 22, 26), 3.5, None, (1, 1), 2, 0.0),
+    "u2": (1401, (16, 37, 38), 7.5, 0.8571, (0, 1), 1, 0.0),
+    "u2nothing": (2506, (41, 20, 43), 3.5, 0.6667, (1, 1), 2, 1.0),
+}
+IMAGE_TOKEN, PAD, IMAGE_TOKENS = 288, 283, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Everything one call of a loss takes."""
+
+    step: int
+    two_steps: bool
+    given: Conditions
+    batch: dict
+    draws: tuple[StudentDraws, LossDraws]
+    fake_draws: tuple[StudentDraws, LossDraws]
+
+
+@functools.cache
+def golden() -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / "G" / "golden.safetensors")
+
+
+@functools.cache
+def networks() -> tuple[dict, dict]:
+    places = {
+        "student": ("zimage", "G/student/transformer", {"pad_tokens": "mask"}),
+        "fake_score": ("zimage", "F/aux/transformer", {}),
+        "real_score": ("zimage", "A/transformer", {}),
+        "autoencoder": ("autoencoder", "B/vae", {}),
+        "scorer": ("internvl", "D/internvl_chat", {}),
+    }
+    loaded = {name: weights.load(kind, GOLDEN / place, **options) for name, (kind, place, options) in places.items()}
+    return {name: module for name, (module, _) in loaded.items()}, {name: params for name, (_, params) in loaded.items()}
+
+
+def channels_last(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(x[:, :, 0].transpose(0, 2, 3, 1))
+
+
+def questions(name: str, images: int) -> dict[str, jax.Array]:
+    """The release's two prompts, cut before the answer and padded to one length."""
+    rows = []
+    for key, count in (("input_ids", images), ("input_ids_identity", 2)):
+        ids, labels = golden()[f"{name}.{key}"][0], golden()[f"{name}.{key.replace('input_ids', 'labels')}"][0]
+        ids = ids[: int(np.flatnonzero(labels >= 0)[0])]
+        places = ids == IMAGE_TOKEN
+        index = np.full(len(ids), -1)
+        index[places] = np.arange(places.sum()) + (2 - count) * IMAGE_TOKENS
+        rows.append((ids, index))
+    length = max(len(ids) for ids, _ in rows)
+    pad = lambda x, value: np.pad(x, (0, length - len(x)), constant_values=value)  # noqa: E731
+    return {
+        "question_ids": jnp.asarray([[pad(ids, PAD) for ids, _ in rows]]),
+        "question_mask": jnp.asarray([[pad(np.ones(len(ids), bool), False) for ids, _ in rows]]),
+        "image_index": jnp.asarray([[pad(index, -1) for _, index in rows]]),
+    }
+
+
+def text(name: str, length: int) -> tuple[jax.Array, jax.Array]:
+    hidden = golden()[name]
+    return jnp.asarray(hidden), jnp.arange(hidden.shape[1])[None] < length
+
+
+def case(name: str) -> Case:
+    step, lengths, guidance, second, answer, images, identity = CASES[name]
+    tensor = lambda key: channels_last(golden()[f"{name}.{key}"])  # noqa: E731
+    texts = [text(f"{name}.{key}", length) for key, length in zip(("txt", "otxt", "utxt"), lengths, strict=True)]
+
+    def student_draws(prefix: str) -> StudentDraws:
+        start = tensor("noise")
+        again = tensor(f"{prefix}unroll_noise0") if second else jnp.zeros_like(start)
+        return StudentDraws(start, jnp.full((1,), second or 0.5), again)
+
+    losses = LossDraws(jnp.asarray(golden()[f"{name}.tau"]), tensor("dmd_noise"), None)
+    fake_losses = LossDraws(jnp.asarray(golden()[f"{name}.aux.tau"]), tensor("aux.noise"), None)
+    batch = questions(name, images) | {
+        "answer": jnp.asarray([answer]),
+        "question_weight": jnp.ones((1, 2)),
+        "guidance": jnp.full((1,), guidance),
+        "dmd_weight": jnp.ones((1,)),
+        "identity_weight": jnp.full((1,), identity),
+        "weight": jnp.ones((1,)),
+    }
+    return Case(
+        step,
+        second is not None,
+        Conditions(tensor("images"), tensor("z"), *texts),
+        batch,
+        (student_draws(""), losses),
+        (student_draws("aux."), fake_losses),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="two_steps")
+def student_gradients(params, given, batch, draws, step, two_steps):
+    modules, _ = networks()
+    loss = lambda student: edit_step.student_loss(  # noqa: E731
+        student, params["fake_score"], params, modules, batch, given, draws, step, SETTINGS, two_steps=two_steps
+    )
+    return jax.value_and_grad(loss, has_aux=True)(params["student"])
+
+
+@functools.partial(jax.jit, static_argnames="two_steps")
+def fake_gradients(params, given, batch, draws, two_steps):
+    modules, _ = networks()
+    loss = lambda fake: edit_step.fake_score_loss(  # noqa: E731
+        fake, params["student"], modules, batch, given, draws, two_steps=two_steps
+    )
+    return jax.value_and_grad(loss)(params["fake_score"])
+
+
+def by_source(name: str, gradients: dict) -> dict[str, np.ndarray]:
+    """Gradients under the original's names and in its layout."""
+    found = {}
+    flat = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
+    for row in kind_module("zimage").rows(networks()[0][name]):
+        for layer, source in enumerate(row.names()):
+            leaf = np.asarray(flat[row.target])
+            found[source] = row.to_source(leaf[layer] if row.layers else leaf)
+    return found
+
+
+def assert_gradients(name: str, gradients: dict, prefix: str) -> None:
+    """Norms of all gradients, and those that were saved whole; the pad tokens are frozen in the original."""
+    found = by_source(name, gradients)
+    names = json.loads((GOLDEN / "G" / "param_names.json").read_text())
+    norms = golden()[f"{prefix}.grad_norms"]
+    floor = 1e-6 * np.linalg.norm(norms)
+    for key, norm in zip(names, norms, strict=True):
+        if "pad_token" not in key:
+            assert abs(np.linalg.norm(found[key]) - norm) <= 1e-4 * norm + floor, key
+    whole = [key for key in golden() if key.startswith(f"{prefix}.grad.")]
+    assert whole
+    for key in whole:
+        expected = golden()[key]
+        difference = np.linalg.norm(found[key.removeprefix(f"{prefix}.grad.")] - expected)
+        assert difference <= 1e-4 * np.linalg.norm(expected) + floor, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_student_step_equals_the_release(name):
+    run = case(name)
+    (total, metrics), gradients = student_gradients(
+        networks()[1], run.given, run.batch, run.draws, run.step, run.two_steps
+    )
+    expected = golden()
+    np.testing.assert_allclose(metrics["loss/dmd"], expected[f"{name}.dmd_loss_vec"][0], rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/scorer"], expected[f"{name}.critic_loss_vec"][0], rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/identity"], expected[f"{name}.mse_loss_vec"][0], rtol=1e-4)
+    np.testing.assert_allclose(total, expected[f"{name}.total.loss"], rtol=1e-4)
+    assert_gradients("student", gradients, f"{name}.total")
+
+
+@pytest.mark.parametrize("name", ["u1", "u2"])
+def test_fake_score_step_equals_the_release(name):
+    run = case(name)
+    loss, gradients = fake_gradients(networks()[1], run.given, run.batch, run.fake_draws, run.two_steps)
+    np.testing.assert_allclose(loss, golden()[f"{name}.aux.loss"], rtol=1e-4)
+    assert_gradients("fake_score", gradients, f"{name}.aux")
+
+
+def test_a_batch_gives_the_mean_of_its_samples():
+    """Two samples with their own time, guidance, answer and weights in one batch."""
+    one = case("u2")
+    first = case("u2nothing")
+    second = dataclasses.replace(
+        first,
+        batch=first.batch | {"guidance": jnp.full((1,), 7.5), "answer": 1 - first.batch["answer"]},
+        given=first.given._replace(reference=one.given.reference, pixels=one.given.pixels),
+        draws=(first.draws[0]._replace(second_time=jnp.full((1,), 0.8571)), one.draws[1]),
+    )
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.batch, second.batch)
+    # The negative prompt is one for the whole batch.
+    given = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.given, second.given)
+    given = given._replace(negative=first.given.negative)
+    draws = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.draws, second.draws)
+    params = networks()[1]
+    (total, _), gradients = student_gradients(params, given, both, draws, 2506, True)
+    singles = [student_gradients(params, c.given, c.batch, c.draws, 2506, True) for c in (first, second)]
+    np.testing.assert_allclose(total, np.mean([loss for (loss, _), _ in singles]), rtol=1e-5)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(g for _, g in singles))
+    difference = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), gradients, mean)
+    size = sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(mean))
+    assert sum(float(d) for d in jax.tree.leaves(difference)) <= (1e-5) ** 2 * size * 4
+
+
+def test_a_sample_of_weight_zero_changes_nothing():
+    run = case("u1")
+    double = lambda tree: jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)  # noqa: E731
+    batch = double(run.batch)
+    batch |= {"weight": jnp.array([1.0, 0.0]), "guidance": jnp.array([3.5, 99.0])}
+    given = double(run.given)._replace(negative=run.given.negative)
+    (total, _), _ = student_gradients(networks()[1], given, batch, double(run.draws), run.step, False)
+    np.testing.assert_allclose(total, golden()["u1.total.loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sampler_equals_the_release(eta):
+    run = case("u2nothing")
+    modules, params = networks()
+    velocity = jax.jit(
+        lambda x, t: modules["student"].apply(
+            {"params": params["student"]}, x, t, *run.given.instruction, run.given.reference
+        )
+    )
+    fresh = [channels_last(golden()[f"infer.eta{eta}.noise{i}"]) for i in range(3)]
+    times = [jnp.full((1,), t) for t in TIMES]
+    found = unroll.sample(velocity, run.draws[0].noise, times, fresh, sampler="ddim", eta=eta)
+    expected = channels_last(golden()[f"infer.eta{eta}.x"])
+    assert np.linalg.norm(found - expected) <= 2e-5 * np.linalg.norm(expected) * len(TIMES)
+
+
+def test_second_time_is_drawn_per_sample_among_the_later_times():
+    draws = edit_step.draw_student(jax.random.key(0), (4000, 1, 1, 1), TIMES)
+    values, counts = np.unique(np.asarray(draws.second_time), return_counts=True)
+    np.testing.assert_allclose(values, sorted(TIMES[1:]), rtol=1e-6)
+    assert counts.min() > 1200
+
+
+def test_two_steps_are_drawn_in_three_of_four_outer_steps():
+    drawn = [bool(edit_step.draw_two_steps(jax.random.key(i), SETTINGS)) for i in range(400)]
+    assert abs(np.mean(drawn) - 0.75) < 0.07
+    assert not edit_step.draw_two_steps(jax.random.key(0), dataclasses.replace(SETTINGS, max_unroll=1))
