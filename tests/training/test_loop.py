@@ -1,0 +1,151 @@
+"""A run end to end on a small autoencoder: its files, exact resumption, and the refusal to mix two runs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from npedit_jax.training import loop, previews, telemetry, workdirs
+
+
+def _config(steps: int = 6) -> ConfigDict:
+    adam = dict(
+        name="adam",
+        learning_rate=1e-2,
+        final_learning_rate=1e-3,
+        warmup_steps=2,
+        b1=0.9,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=1.0,
+    )
+    architecture = dict(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=2,
+        norm_num_groups=2,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    network = dict(kind="autoencoder", directory="", architecture=architecture, options={})
+    return ConfigDict(
+        dict(
+            stage="autoencoder",
+            seed=0,
+            steps=steps,
+            batch_size=2,
+            cpu_devices=1,
+            networks=dict(autoencoder=network),
+            data=dict(options=dict(plain_share=0.1, redraw=0.5)),
+            step=dict(ema=0.9, skip_norm=100.0, kl_weight=1e-4),
+            optimizer=dict(autoencoder=adam),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            checkpoint=dict(every=2, keep=2),
+            log=dict(every=1, preview_every=3),
+        )
+    )
+
+
+def _rows(workdir) -> list[dict[str, float]]:
+    rows = telemetry.read_metrics(workdir)
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run between two steps."""
+
+
+def _run(workdir, stop_at: int | None = None):
+    config = _config()
+    workdirs.open_run(workdir, config)
+
+    def stop(stage, state, frozen, step):
+        if step == stop_at:
+            raise Interrupted
+
+    if stop_at is None:
+        return loop.run(config, workdir, preview=previews.Previews(config, workdir))
+    with pytest.raises(Interrupted):
+        loop.run(config, workdir, preview=stop)
+    return None
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its directory and its final state."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return workdir, _run(workdir)
+
+
+def test_files_of_a_run(whole):
+    workdir, _ = whole
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 6
+    assert [row["step"] for row in _rows(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert next(iter(_rows(workdir)[0])) == "step"
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == ["4", "6"]
+    assert any((workdir / "tensorboard").iterdir())
+
+
+def test_training_lowers_the_loss(whole):
+    rows = _rows(whole[0])
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
+    """Stopped after step 3, one step past the checkpoint: that step is done again."""
+    workdir, state = whole
+    _run(tmp_path / "run", stop_at=3)
+    resumed = _run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(state))
+    assert _rows(tmp_path / "run") == _rows(workdir)
+
+
+def test_finished_run_has_nothing_left_to_do(whole):
+    workdir, state = whole
+    before = (workdir / "metrics.jsonl").read_text()
+    again = loop.run(_config(), workdir)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_workdir_of_another_experiment_is_refused_with_the_fields(tmp_path):
+    workdirs.open_run(tmp_path / "run", _config())
+    other = _config(steps=7)
+    other.batch_size = 4
+    with pytest.raises(workdirs.WorkdirError, match="batch_size is 2 there and 4 here; steps is 6 there and 7 here"):
+        workdirs.open_run(tmp_path / "run", other)
+
+
+def test_fields_that_do_not_change_the_result_may_differ(tmp_path):
+    workdirs.open_run(tmp_path / "run", _config())
+    other = _config()
+    other.checkpoint.every = 3
+    workdirs.open_run(tmp_path / "run", other)
+    assert workdirs.read_config(tmp_path / "run").checkpoint.every == 3
+
+
+def test_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(workdirs.WorkdirError, match="holds no run"):
+        workdirs.open_run(tmp_path, _config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(workdirs.WorkdirError, match="is no run"):
+        workdirs.read_config(epath.Path(tmp_path))
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+    log = telemetry.MetricsLog(tmp_path, restored_step=0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float("nan") if step == 2 else 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut short by a crash
+    telemetry.MetricsLog(tmp_path, restored_step=2).close()
+    assert telemetry.read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
