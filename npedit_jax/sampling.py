@@ -57,15 +57,15 @@ def generate(
 
     def advance(x_t, pair_of_times):
         t, after = pair_of_times
-        both = denoiser.apply(
-            {"params": params}, jnp.concatenate([x_t, x_t]), jnp.full((2 * shape[0],), t), *pair
-        )
+        both = denoiser.apply({"params": params}, jnp.concatenate([x_t, x_t]), jnp.full((2 * shape[0],), t), *pair)
         velocity = matching.guide(*jnp.split(both, 2), scale)
         return x_t + (after - t) * velocity, None
 
     return jax.lax.scan(advance, jax.random.normal(rng, shape), (times[:-1], times[1:]))[0]
 
 
-def encode_text(modules: Mapping[str, nn.Module], params: Mapping[str, Params], ids: jax.Array, mask: jax.Array) -> Text:
+def encode_text(
+    modules: Mapping[str, nn.Module], params: Mapping[str, Params], ids: jax.Array, mask: jax.Array
+) -> Text:
     """Hidden states of the text encoder, with the mask that goes along."""
     return modules["text_encoder"].apply({"params": params["text_encoder"]}, ids, mask), mask

@@ -3,12 +3,13 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the time of these tests; the plainer code of these two settings runs fast enough.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of the time of these tests; small shapes run fast enough without.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "autoencoder"
     config.seed = 0
-    config.steps = 3000
+    config.steps = 8000
     config.batch_size = 16
     config.cpu_devices = 2
 
@@ -35,13 +35,13 @@ def get_config() -> ConfigDict:
         )
     )
     config.data = ConfigDict(dict(options=dict(plain_share=0.05, redraw=0.3)))
-    config.step = ConfigDict(dict(ema=0.995, skip_norm=100.0, kl_weight=3e-4))
+    config.step = ConfigDict(dict(ema=0.995, skip_norm=100.0, kl_weight=1e-4))
     config.optimizer = ConfigDict(
         dict(
             autoencoder=dict(
                 name="adam",
-                learning_rate=2e-3,
-                final_learning_rate=2e-5,
+                learning_rate=3e-3,
+                final_learning_rate=1e-5,
                 warmup_steps=100,
                 b1=0.9,
                 b2=0.99,

@@ -1,4 +1,4 @@
-"""The small text-to-image model of the easy-VQA experiment: a Z-Image denoiser and its Qwen3 text encoder, from scratch.
+"""The small text-to-image model of the easy-VQA experiment: a Z-Image denoiser and its Qwen3 text encoder.
 
 Laptop: python -m npedit_jax.train --config configs/easyvqa/base.py --workdir runs/easyvqa-base
 """

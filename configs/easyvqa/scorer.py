@@ -53,8 +53,9 @@ def get_config() -> ConfigDict:
                 tie_word_embeddings=True,
                 hidden_act="silu",
             ),
-            # A choice of the small experiment: outlines are finer than a patch of 8 pixels.
-            npedit=dict(stem=(32, 64)),
+            # Only the small experiment has a stem: outlines are finer than a patch of 8 pixels.
+            # The answers are (No, Yes) in its tokenizer.
+            npedit=dict(stem=(32, 64), answer_ids=(7, 8)),
         ),
     )
     config.data = ConfigDict(

@@ -48,7 +48,9 @@ def sample(
     return flow.clean_from_velocity(x_t, velocity(x_t, t_B), t_B)
 
 
-def _ddim(x0: jax.Array, eps: jax.Array, fresh: jax.Array, t_B: jax.Array, next_t_B: jax.Array, eta: float) -> jax.Array:
+def _ddim(
+    x0: jax.Array, eps: jax.Array, fresh: jax.Array, t_B: jax.Array, next_t_B: jax.Array, eta: float
+) -> jax.Array:
     """From time t to t': `(1 - t') x0 + b eps + sqrt(t'^2 - b^2) fresh`, `b = max(0, t' - eta (t - t') t' / t)`."""
     t, s = flow.expand(t_B, x0), flow.expand(next_t_B, x0)
     kept = jnp.maximum(0.0, s - eta * (t - s) * s / t)

@@ -7,7 +7,8 @@ Shapes: B batch, H height, W width, C channels, L text tokens, D model width, Q 
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -125,18 +126,14 @@ def scores(
     # Both prompts in one call: the frozen network runs once, at twice the batch.
     negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (x0.shape[0], *x.shape[1:])), given.negative)
     pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), given.caption, negative)
-    both = modules["real_score"].apply(
-        {"params": real}, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), *pair
-    )
+    both = modules["real_score"].apply({"params": real}, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), *pair)
     positive, other = jnp.split(both, 2)
     real_x0 = flow.clean_from_velocity(x_t, matching.guide(positive, other, guidance), t)
     fake_velocity = modules["fake_score"].apply({"params": fake}, x_t, t, *given.caption)
     return real_x0, flow.clean_from_velocity(x_t, fake_velocity, t)
 
 
-def answers(
-    modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch
-) -> Any:
+def answers(modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch) -> Any:
     """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only."""
     scorer, variables = modules["scorer"], {"params": params}
     first = jax.lax.stop_gradient(scorer.apply(variables, reference[:, None], method="encode_images"))
@@ -205,9 +202,7 @@ def scorer_loss(
     if settings.scorer_noise:
         decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
     output = answers(modules, frozen["scorer"], given.pixels, decoded, batch)
-    scale = feedback.temperature(
-        step, settings.temperature_start, settings.temperature_end, settings.temperature_steps
-    )
+    scale = feedback.temperature(step, settings.temperature_start, settings.temperature_end, settings.temperature_steps)
     wanted, weight_BQ = batch["answer"], batch["question_weight"]
     loss = feedback.answer_loss(
         output.logits, output.logsumexp, wanted, weight_BQ, scale=scale, form=settings.scorer_form
@@ -240,12 +235,6 @@ def fake_score_loss(
     return average(flow.velocity_loss(velocity, x0, draws.noise), batch["weight"])
 
 
-def _draw_losses(rng: jax.Array, shape: tuple[int, ...], low: float, high: float, shift: float) -> LossDraws:
-    time_rng, noise_rng, pixel_rng = jax.random.split(rng, 3)
-    time = flow.uniform_times(time_rng, shape[0], low, high, shift)
-    return LossDraws(time, jax.random.normal(noise_rng, shape), pixel_rng)
-
-
 def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
     """T - 1 fake-score updates and one student update as one program.
 
@@ -253,40 +242,33 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
     `batch["negative_ids"]` and `["negative_mask"]` are [T, 1, L]: the same negative prompt everywhere.
     """
 
+    def apply(state, name, gradients):
+        return states.apply_gradients(
+            state, name, gradients, rules[name], skip_norm=settings.skip_norm, frozen=settings.frozen
+        )
+
     def fake_update(state, frozen, batch, rng, two_steps):
         given = conditions(modules, frozen, batch)
-        student_rng, loss_rng = jax.random.split(rng)
-        draws = (
-            draw_student(student_rng, given.reference.shape, settings.times),
-            _draw_losses(loss_rng, given.reference.shape, 0.0, 1.0, settings.time_shift),
-        )
-        gradient = lambda steps: lambda fake, student: jax.value_and_grad(fake_score_loss)(  # noqa: E731
-            fake, student, modules, batch, given, draws, two_steps=steps
-        )
-        loss, gradients = jax.lax.cond(
-            two_steps, gradient(True), gradient(False), state.params["fake_score"], state.params["student"]
-        )
-        state, metrics = states.apply_gradients(
-            state, "fake_score", gradients, rules["fake_score"], skip_norm=settings.skip_norm, frozen=settings.frozen
-        )
+        draws = _draw(rng, given.reference.shape, settings, low=0.0, high=1.0)
+
+        def gradient(fake, student, *, two_steps):
+            return jax.value_and_grad(fake_score_loss)(fake, student, modules, batch, given, draws, two_steps=two_steps)
+
+        loss, gradients = _by_length(two_steps, gradient, state.params["fake_score"], state.params["student"])
+        state, metrics = apply(state, "fake_score", gradients)
         return state, metrics | {"loss/fake_score": loss}
 
     def student_update(state, frozen, batch, rng, two_steps):
         given = conditions(modules, frozen, batch)
-        student_rng, loss_rng = jax.random.split(rng)
-        draws = (
-            draw_student(student_rng, given.reference.shape, settings.times),
-            _draw_losses(loss_rng, given.reference.shape, settings.dmd_low, settings.dmd_high, settings.time_shift),
-        )
-        gradient = lambda steps: lambda student, fake: jax.value_and_grad(student_loss, has_aux=True)(  # noqa: E731
-            student, fake, frozen, modules, batch, given, draws, state.step, settings, two_steps=steps
-        )
-        (_, metrics), gradients = jax.lax.cond(
-            two_steps, gradient(True), gradient(False), state.params["student"], state.params["fake_score"]
-        )
-        state, update = states.apply_gradients(
-            state, "student", gradients, rules["student"], skip_norm=settings.skip_norm, frozen=settings.frozen
-        )
+        draws = _draw(rng, given.reference.shape, settings, low=settings.dmd_low, high=settings.dmd_high)
+
+        def gradient(student, fake, *, two_steps):
+            return jax.value_and_grad(student_loss, has_aux=True)(
+                student, fake, frozen, modules, batch, given, draws, state.step, settings, two_steps=two_steps
+            )
+
+        (_, metrics), gradients = _by_length(two_steps, gradient, state.params["student"], state.params["fake_score"])
+        state, update = apply(state, "student", gradients)
         return state, metrics | update
 
     def step(state, frozen, batches, rng):
@@ -305,3 +287,19 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
         return states.finish_step(state, settings.ema), metrics | {"unroll": 1 + two_steps.astype(jnp.int32)}
 
     return step
+
+
+def _draw(
+    rng: jax.Array, shape: tuple[int, ...], settings: EditSettings, *, low: float, high: float
+) -> tuple[StudentDraws, LossDraws]:
+    """All draws of one update; the score networks' times lie in [low, high)."""
+    student_rng, time_rng, noise_rng, pixel_rng = jax.random.split(rng, 4)
+    time = flow.uniform_times(time_rng, shape[0], low, high, settings.time_shift)
+    losses = LossDraws(time, jax.random.normal(noise_rng, shape), pixel_rng)
+    return draw_student(student_rng, shape, settings.times), losses
+
+
+def _by_length(two_steps: jax.Array, gradient: Callable[..., Any], *operands: Any) -> Any:
+    """Runs the gradient of the drawn length; the condition stands outside, so that one length's residuals are kept."""
+    branches = (functools.partial(gradient, two_steps=length) for length in (True, False))
+    return jax.lax.cond(two_steps, *branches, *operands)

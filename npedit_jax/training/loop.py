@@ -24,7 +24,7 @@ def run(
     """Trains `config.stage` in `workdir` up to `config.steps`, from its newest checkpoint where there is one.
 
     Args:
-      preview: called with (stage, state, frozen parameters, step) every `config.log.preview_every` steps and at the end.
+      preview: called with (stage, state, frozen parameters, step) every `config.log.preview_every` steps, and last.
 
     Returns:
       The final state.

@@ -62,7 +62,7 @@ def create(spec: Mapping[str, Any], rng: jax.Array, dtype: str = "float32") -> N
     options, directory = dict(spec["options"]), spec["directory"]
     if bool(directory) == bool(spec["architecture"]):
         raise ValueError(
-            f"network of kind {spec['kind']!r}: give a directory with weights or an architecture to start from, not both"
+            f"network of kind {spec['kind']!r}: give either a directory with weights or an architecture to start from"
         )
     if directory:
         return Network(*weights.load(spec["kind"], resolve(directory), dtype=dtype, **options))

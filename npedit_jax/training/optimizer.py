@@ -119,6 +119,6 @@ def guarded_update(
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
-    """Exponential moving average; the first steps use a smaller decay so that the initial weights are soon forgotten."""
+    """Exponential moving average; the first steps decay faster, so that the initial weights are soon forgotten."""
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)

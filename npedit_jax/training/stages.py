@@ -117,9 +117,7 @@ def _warmup(config: ml_collections.ConfigDict, made: Mapping[str, Network], rule
 def _scorer(config: ml_collections.ConfigDict, made: Mapping[str, Network], rules: steps.Rules) -> Stage:
     step = steps.scorer_step(_modules(made), rules, **config.step.to_dict())
     tokenizer = _questions(config, made["scorer"].module.image_tokens)
-    dataset = _dataset(
-        config, _feed(config), tokenizer=tokenizer, templates=questions.TEMPLATES[config.data.templates]
-    )
+    dataset = _dataset(config, _feed(config), tokenizer=tokenizer, templates=questions.TEMPLATES[config.data.templates])
     return Stage(made, rules, tuple(rules), step, dataset)
 
 

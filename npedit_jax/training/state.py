@@ -23,7 +23,9 @@ class TrainState(flax.struct.PyTreeNode):
     skipped: dict[str, jax.Array]
 
 
-def create(params: dict[str, Any], rules: dict[str, optax.GradientTransformation], averaged: tuple[str, ...]) -> TrainState:
+def create(
+    params: dict[str, Any], rules: dict[str, optax.GradientTransformation], averaged: tuple[str, ...]
+) -> TrainState:
     """Starts a run at step 0; the averages start at the parameters."""
     return TrainState(
         step=jnp.zeros([], jnp.int32),
@@ -50,9 +52,7 @@ def apply_gradients(
     gradients = jax.tree_util.tree_map_with_path(
         lambda path, g: jnp.zeros_like(g) if path[-1].key in frozen else g, gradients
     )
-    update = optimizer.guarded_update(
-        rule, state.params[name], state.optimizer[name], gradients, skip_norm=skip_norm
-    )
+    update = optimizer.guarded_update(rule, state.params[name], state.optimizer[name], gradients, skip_norm=skip_norm)
     state = state.replace(
         params=state.params | {name: update.params},
         optimizer=state.optimizer | {name: update.optimizer},

@@ -1,4 +1,4 @@
-"""The train steps of the stages before the edit stage: pure functions `(state, frozen, batch, rng) -> (state, metrics)`.
+"""Train steps of the stages before the edit stage: pure functions `(state, frozen, batch, rng) -> (state, metrics)`.
 
 Shapes: B batch, H height, W width, C channels, L text tokens, D model width, Q questions per sample.
 """
@@ -40,7 +40,9 @@ def _train(
     def step(state, frozen, batch, rng):
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
         for name, rule in rules.items():
-            state, update = states.apply_gradients(state, name, gradients[name], rule, skip_norm=skip_norm, frozen=frozen_names)
+            state, update = states.apply_gradients(
+                state, name, gradients[name], rule, skip_norm=skip_norm, frozen=frozen_names
+            )
             metrics |= update
         return states.finish_step(state, ema), metrics
 

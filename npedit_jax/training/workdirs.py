@@ -30,7 +30,8 @@ def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None
         binding = [line for name, line in different if name.split(".")[0] not in FREE_FIELDS]
         if binding:
             raise WorkdirError(
-                f"{workdir} holds a run with another config: {'; '.join(binding)}. Take another --workdir, or these values."
+                f"{workdir} holds a run with another config: {'; '.join(binding)}. "
+                "Take another --workdir, or these values."
             )
         for _, line in different:
             logging.info("changed since the run began: %s", line)

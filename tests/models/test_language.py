@@ -178,10 +178,9 @@ def test_bfloat16_keeps_float32_logits(tied):
     assert jnp.any(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_fresh_logits_have_unit_scale(tied):
+def test_fresh_logits_have_unit_scale():
     module = Decoder(vocabulary=100, width=128, layers=4, heads=4, kv_heads=2, head_width=32, mlp_width=256,
-                     qkv_bias=True, tied_embeddings=tied)  # fmt: skip
+                     qkv_bias=True, tied_embeddings=True)  # fmt: skip
     params = jax.jit(lambda rng: initialise(module, rng))(jax.random.key(0))
     logits = run(module, params, np.arange(64).reshape(2, 32), np.ones((2, 32)))
     assert 0.3 < jnp.std(logits) < 3.0

@@ -60,7 +60,7 @@ def networks() -> tuple[dict, dict]:
         "scorer": ("internvl", "D/internvl_chat", {}),
     }
     loaded = {name: weights.load(kind, GOLDEN / place, **options) for name, (kind, place, options) in places.items()}
-    return {name: module for name, (module, _) in loaded.items()}, {name: params for name, (_, params) in loaded.items()}
+    return tuple({name: pair[i] for name, pair in loaded.items()} for i in (0, 1))
 
 
 def channels_last(x: np.ndarray) -> jax.Array:
