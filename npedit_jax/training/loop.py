@@ -17,11 +17,12 @@ from npedit_jax.training.checkpoint import Checkpoints
 
 def run(
     config: ml_collections.ConfigDict,
+    stage: stages.Stage,
     workdir: epath.PathLike,
     *,
     preview: Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None] | None = None,
 ) -> state.TrainState:
-    """Trains `config.stage` in `workdir` up to `config.steps`, from its newest checkpoint where there is one.
+    """Trains the stage built from `config` up to `config.steps`, from the newest checkpoint where there is one.
 
     Args:
       preview: called with (stage, state, frozen parameters, step) every `config.log.preview_every` steps, and last.
@@ -30,7 +31,6 @@ def run(
       The final state.
     """
     mesh = parallel.make_mesh(**config.mesh.to_dict())
-    stage = stages.build(config)
     train_state = parallel.put_replicated(state.create(stage.trained(), stage.rules, stage.averaged), mesh)
     frozen = parallel.put_replicated(stage.frozen(), mesh)
     batches = pipeline.iterate(stage.dataset)

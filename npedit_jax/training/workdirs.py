@@ -17,7 +17,16 @@ class WorkdirError(ValueError):
 
 
 def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
-    """Creates the directory with `config.json`, or checks that it holds the same experiment.
+    """Creates the directory with `config.json`, or checks that it holds the same experiment; raises as `check`."""
+    check(workdir, config)
+    workdir = epath.Path(workdir)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(plain(config), indent=2) + "\n")
+
+
+def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Checks that a run of this config can begin or go on in the directory; writes nothing.
 
     Raises:
       WorkdirError: the directory holds a run with other values, which are named, or files but no run.
@@ -37,9 +46,6 @@ def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None
             logging.info("changed since the run began: %s", line)
     elif workdir.exists() and any(workdir.iterdir()):
         raise WorkdirError(f"{workdir} is not empty and holds no run (no config.json); take another --workdir")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(new, indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:

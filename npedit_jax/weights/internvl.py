@@ -97,50 +97,26 @@ def describe(module: Scorer) -> dict[str, Any]:
     Raises:
       ValueError: a convolutional stem in the native layout, which has none.
     """
-    vision, names = module.vision, module.names
-    language = describe_decoder(module.language)
-    extra = {}
-    if vision.stem:
-        extra["stem"] = list(vision.stem)
-    if vision.layer_scale != LAYER_SCALE and names == "chat":
-        extra["layer_scale"] = vision.layer_scale
+    names, language = module.names, describe_decoder(module.language)
+    vision, extra = _describe_vision(module.vision, names)
     if module.answer_ids is not None:
         extra["answer_ids"] = list(module.answer_ids)
-    if vision.stem and names == "native":
-        raise ValueError("transformers' InternVL has no convolutional stem; describe the scorer with names='chat'")
-    side = vision.image_size if names == "chat" else [vision.image_size] * 2
-    patch = vision.patch_size if names == "chat" else [vision.patch_size] * 2
-    vision_config = {
-        "model_type": "intern_vit_6b" if names == "chat" else "internvl_vision",
-        **FIXED_VISION[names],
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "intermediate_size": vision.mlp_width,
-        "patch_size": patch,
-        "image_size": side,
-        "layer_norm_eps": vision.epsilon,
-        "norm_type": {ours: theirs for theirs, ours in NORMS.items()}[vision.norm],
-        BIAS[names]: vision.qkv_bias,
-        QK_NORM[names]: vision.qk_norm,
-    }
     config = {
         **FIXED[names],
         "downsample_ratio": 1 / module.projector.factor,
         "tie_word_embeddings": module.language.tied_embeddings,
-        "vision_config": vision_config,
+        "vision_config": vision,
     }
     if names == "chat":
         language["architectures"] = ["Qwen3ForCausalLM" if module.language.qk_norm else "Qwen2ForCausalLM"]
         own = {
             "architectures": ["InternVLChatModel"],
             "model_type": "internvl_chat",
-            "force_image_size": vision.image_size,
+            "force_image_size": module.vision.image_size,
             "template": "internvl2_5",
             "llm_config": language,
         }
     else:
-        vision_config["layer_scale_init_value"] = vision.layer_scale
         own = {
             "architectures": ["InternVLForConditionalGeneration"],
             "model_type": "internvl",
@@ -165,6 +141,36 @@ def rows(module: Scorer) -> list[Row]:
     )
 
 
+def _describe_vision(vision: VisionTransformer, names: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the config's vision part, and what of the tower has to stand under "npedit"."""
+    extra = {}
+    config = {
+        "model_type": "intern_vit_6b" if names == "chat" else "internvl_vision",
+        **FIXED_VISION[names],
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": vision.mlp_width,
+        "patch_size": vision.patch_size,
+        "image_size": vision.image_size,
+        "layer_norm_eps": vision.epsilon,
+        "norm_type": {ours: theirs for theirs, ours in NORMS.items()}[vision.norm],
+        BIAS[names]: vision.qkv_bias,
+        QK_NORM[names]: vision.qk_norm,
+    }
+    if names == "native":
+        if vision.stem:
+            raise ValueError("transformers' InternVL has no convolutional stem; describe the scorer with names='chat'")
+        config |= {key: [config[key]] * 2 for key in ("patch_size", "image_size")}
+        config["layer_scale_init_value"] = vision.layer_scale
+        return config, extra
+    if vision.stem:
+        extra["stem"] = list(vision.stem)
+    if vision.layer_scale != LAYER_SCALE:
+        extra["layer_scale"] = vision.layer_scale
+    return config, extra
+
+
 def _names(config: dict[str, Any]) -> str:
     layouts = {"internvl_chat": "chat", "internvl": "native"}
     model_type = config.get("model_type")
@@ -184,6 +190,7 @@ def _language_config(config: dict[str, Any], names: str) -> dict[str, Any]:
 
 
 def build_vision(config: dict[str, Any], names: str, extra: dict[str, Any], **options: Any) -> VisionTransformer:
+    """Builds the vision tower of a `vision_config` and of what stands under "npedit"; raises ValueError as `build`."""
     check_fixed(config, FIXED_VISION[names], "InternVL vision config")
     sides = {key: config[key] for key in ("image_size", "patch_size")}
     for key, side in sides.items():
@@ -214,6 +221,7 @@ def build_vision(config: dict[str, Any], names: str, extra: dict[str, Any], **op
 
 
 def vision_rows(vision: VisionTransformer, names: str) -> list[Row]:
+    """Returns the rows of the vision tower alone, in either layout."""
     embeddings = EMBEDDINGS[names]
     table = conv_rows(embeddings["patch"], "vision/patch_embedding")
     table.append(Row(embeddings["class"], "vision/class_token", "leading"))

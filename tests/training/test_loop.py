@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from npedit_jax.training import loop, previews, telemetry, workdirs
+from npedit_jax.training import loop, previews, stages, telemetry, workdirs
 
 
 def _config(steps: int = 6) -> ConfigDict:
@@ -70,9 +70,9 @@ def _run(workdir, stop_at: int | None = None):
             raise Interrupted
 
     if stop_at is None:
-        return loop.run(config, workdir, preview=previews.Previews(config, workdir))
+        return loop.run(config, stages.build(config), workdir, preview=previews.Previews(config, workdir))
     with pytest.raises(Interrupted):
-        loop.run(config, workdir, preview=stop)
+        loop.run(config, stages.build(config), workdir, preview=stop)
     return None
 
 
@@ -110,7 +110,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
 def test_finished_run_has_nothing_left_to_do(whole):
     workdir, state = whole
     before = (workdir / "metrics.jsonl").read_text()
-    again = loop.run(_config(), workdir)
+    again = loop.run(_config(), stages.build(_config()), workdir)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
     assert (workdir / "metrics.jsonl").read_text() == before
 

@@ -71,8 +71,7 @@ SPECS = {
                 qkv_bias=True,
                 qk_normalization=False,
             ),
-            llm_config=LANGUAGE
-            | dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_hidden_layers=1),
+            llm_config=LANGUAGE | dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_hidden_layers=1),
             npedit=dict(answer_ids=(1, 2)),
         ),
     ),
@@ -88,9 +87,7 @@ def parts() -> tuple[dict, dict]:
     modules = {name: weights.build(kind, networks.plain(config)) for name, (kind, config) in SPECS.items()}
     rng = np.random.default_rng(0)
     noise = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32)  # noqa: E731
-    params = {
-        name: jax.tree.map(noise, networks.shapes(SPECS[name][0], module)) for name, module in modules.items()
-    }
+    params = {name: jax.tree.map(noise, networks.shapes(SPECS[name][0], module)) for name, module in modules.items()}
     return modules, params
 
 
