@@ -88,7 +88,7 @@ def outline_kind(mask: np.ndarray) -> str | None:
     fill = box.mean()
     top, bottom = box[:quarter_y].mean(), box[-quarter_y:].mean()
     left, right = box[:, :quarter_x].mean(), box[:, -quarter_x:].mean()
-    if fill >= 0.9 and min(top, bottom, left, right) >= 0.85:
+    if (fill >= 0.9 and min(top, bottom, left, right) >= 0.85) or is_ragged_rectangle(box):
         return "rectangle"
     if 0.42 <= fill <= 0.74 and bottom - top >= 0.5 and abs(left - right) <= 0.25:
         return "triangle"
@@ -97,6 +97,21 @@ def outline_kind(mask: np.ndarray) -> str | None:
     if 0.7 <= fill <= 0.92 and matched and diagonal_fill(box) <= np.sqrt(0.5) + 1.5 / side:
         return "circle"
     return None
+
+
+def is_ragged_rectangle(box: np.ndarray) -> bool:
+    """Whether a bounding box is a rectangle once partly filled outermost lines, at most one a side, are left out.
+
+    An edge between two pixels is half ground, half shape, and a grey level decides which of its pixels count. Small
+    boxes are left alone: a circle of twelve pixels without its outermost lines is nearly full.
+    """
+    if min(box.shape) < 14:
+        return False
+    ragged = [int(line.mean() < 0.85) for line in (box[0], box[-1], box[:, 0], box[:, -1])]
+    top, bottom, left, right = ragged
+    box = box[top : len(box) - bottom, left : box.shape[1] - right]
+    sides = (box[0], box[-1], box[:, 0], box[:, -1])
+    return box.mean() >= 0.95 and min(side.mean() for side in sides) >= 0.8 and diagonal_fill(box) >= 0.95
 
 
 def diagonal_fill(box: np.ndarray) -> float:
