@@ -21,15 +21,19 @@ def edit(
     params: Params,
     reference: jax.Array,
     instruction: Text,
-    rng: jax.Array,
+    keys: jax.Array,
     *,
     times: Sequence[float],
     sampler: str = "ddim",
     eta: float = 1.0,
 ) -> jax.Array:
-    """Edited latents [B, H, W, C] of the reference latents; one network call per time."""
-    rngs = jax.random.split(rng, len(times))
-    noises = [jax.random.normal(key, reference.shape) for key in rngs]
+    """Edited latents [B, H, W, C] of the reference latents; one network call per time.
+
+    Args:
+      keys: a random key per sample, [B]: a sample's noise does not depend on its neighbours.
+    """
+    draw = jax.vmap(lambda key: jax.random.normal(key, (len(times), *reference.shape[1:])), out_axes=1)
+    noises = list(draw(keys))
     times = [jnp.full(reference.shape[:1], t) for t in times]
 
     def velocity(x_t, t):

@@ -122,7 +122,7 @@ def _editor(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
             params["student"],
             latents,
             text,
-            rng,
+            jax.random.split(rng, len(pixels)),
             times=settings.times,
             sampler=settings.sampler,
             eta=settings.eta,

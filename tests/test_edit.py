@@ -1,0 +1,187 @@
+"""The editor on a small run: single and batched edits, seeds, metadata, and one line for every bad input."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from npedit_jax import Editor, edit, weights
+from npedit_jax.training import networks, state, workdirs
+from npedit_jax.training.checkpoint import Checkpoints
+
+ARCHITECTURES = {
+    "autoencoder": (
+        "autoencoder",
+        dict(
+            block_out_channels=(4, 4),
+            layers_per_block=1,
+            latent_channels=2,
+            norm_num_groups=2,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+    ),
+    "text_encoder": (
+        "qwen3",
+        dict(
+            model_type="qwen3",
+            vocab_size=41,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+            tie_word_embeddings=True,
+            hidden_act="silu",
+        ),
+    ),
+    "student": (
+        "zimage",
+        dict(
+            in_channels=2,
+            dim=8,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=1,
+            cap_feat_dim=8,
+            axes_dims=(4, 2, 2),
+            axes_lens=(64, 8, 8),
+            npedit=dict(pad_multiple=4),
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory as training leaves it, with networks full of noise."""
+    root = tmp_path_factory.mktemp("editor")
+    rng = np.random.default_rng(0)
+    specs, student = {}, None
+    for name, (kind, architecture) in ARCHITECTURES.items():
+        module = weights.build(kind, networks.plain(architecture))
+        params = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), networks.shapes(kind, module))
+        weights.save(kind, module, params, root / name)
+        specs[name] = dict(kind=kind, directory=str(root / name), architecture={}, options={})
+        student = params if name == "student" else student
+    config = ConfigDict(
+        dict(
+            stage="npedit",
+            networks=specs,
+            optimizer=dict(student={}),
+            data=dict(text_tokenizer="package:pretrained/easyvqa/text_encoder", text_length=16),
+            sampling=dict(times=(1.0, 0.5), sampler="ddim", eta=1.0),
+        )
+    )
+    workdirs.open_run(root / "run", config)
+    checkpoints = Checkpoints(root / "run", every=1, keep=1)
+    checkpoints.save(1, state.create({"student": student}, {"student": optax.sgd(0.1)}, ("student",)), {}, force=True)
+    checkpoints.close()
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def editor(run):
+    return Editor.from_checkpoint(run)
+
+
+def _images(count: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+
+
+def test_batch_equals_single_edits(editor):
+    images, instructions, seeds = _images(3), ["make the circle red", "remove the circle", "do nothing."], [0, 1, 7]
+    together = editor.edit_batch(images, instructions, seeds).astype(int)
+    for index in range(3):
+        alone = editor(Image.fromarray(images[index]), instructions[index], seed=seeds[index])
+        assert alone.size == (16, 16)
+        assert np.abs(np.asarray(alone).astype(int) - together[index]).max() <= 1
+
+
+def test_seed_and_instruction_decide(editor):
+    image = Image.fromarray(_images(1)[0])
+    first, again = (np.asarray(editor(image, "remove the circle", seed=3)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(editor(image, "remove the circle", seed=4)) != first).any()
+    assert (np.asarray(editor(image, "make the circle red", seed=3)) != first).any()
+
+
+def test_warm_call_does_not_trace_again(editor):
+    image = Image.fromarray(_images(1)[0])
+    editor(image, "remove the circle")
+    programs = editor._edit._cache_size()
+    editor(image, "paint the circle blue", seed=9)
+    assert editor._edit._cache_size() == programs
+
+
+def test_size_that_does_not_fit_is_told(editor):
+    with pytest.raises(ValueError, match="multiples of 4, up to 32 x 32; this one is 18 x 16"):
+        editor.edit_batch(np.zeros((1, 18, 16, 3), np.uint8), ["do nothing."], [0])
+
+
+def test_command_writes_a_png_that_tells_how_it_was_made(run, tmp_path):
+    Image.fromarray(_images(1)[0]).save(tmp_path / "in.png")
+    arguments = ["--image", str(tmp_path / "in.png"), "--output", str(tmp_path / "out.png"), "--seed", "5"]
+    edit.main(["--checkpoint", str(run), "--instruction", "make the circle red", *arguments])
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (16, 16)
+        assert image.text == {"instruction": "make the circle red", "seed": "5", "checkpoint": str(run)}
+
+
+def test_batch_file_of_several_sizes(run, tmp_path):
+    lines = []
+    for index, size in enumerate([(16, 16), (8, 16), (16, 16)]):
+        Image.fromarray(_images(3)[index]).resize(size).save(tmp_path / f"{index}.png")
+        names = {"image": str(tmp_path / f"{index}.png"), "output": str(tmp_path / f"out{index}.png")}
+        lines.append(json.dumps(names | {"instruction": "remove the circle"}))
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n\n")
+    edit.main(["--checkpoint", str(run), "--batch", str(tmp_path / "requests.jsonl")])
+    sizes = [Image.open(tmp_path / f"out{index}.png").size for index in range(3)]
+    assert sizes == [(16, 16), (8, 16), (16, 16)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"image": "missing.png"}, "there is no image"),
+        ({"image": "broken.png"}, "does not decode"),
+        ({"instruction": "make the dog purple"}, "unknown words: dog, purple"),
+        ({"output": "nowhere/out.png"}, "there is no folder"),
+        ({"checkpoint": "empty"}, "is no run"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_told_in_one_line_and_writes_nothing(run, tmp_path, monkeypatch, change, told):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(_images(1)[0]).save("good.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    options = {"checkpoint": str(run), "image": "good.png", "instruction": "remove the circle", "output": "out.png"}
+    words = [word for name, value in (options | change).items() for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit) as error:
+        edit.main(words)
+    assert str(error.value.code).startswith("edit: ") and told in str(error.value.code)
+    assert "\n" not in str(error.value.code)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", '["a"]', '{"image": "a.png"}', '{"image": 1, "instruction": "x", "output": "y"}']
+)
+def test_bad_line_of_a_batch_file_is_numbered(run, tmp_path, line):
+    good = json.dumps({"image": "a.png", "instruction": "remove the circle", "output": "b.png"})
+    (tmp_path / "requests.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(SystemExit) as error:
+        edit.main(["--checkpoint", str(run), "--batch", str(tmp_path / "requests.jsonl")])
+    assert "line 2 of" in str(error.value.code)
