@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import optax
 
-from npedit_jax.data import easyvqa, pipeline, questions
+from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.training import edit_step, networks, optimizer, steps
 from npedit_jax.training.networks import Network
@@ -117,7 +117,17 @@ def _warmup(config: ml_collections.ConfigDict, made: Mapping[str, Network], rule
 def _scorer(config: ml_collections.ConfigDict, made: Mapping[str, Network], rules: steps.Rules) -> Stage:
     step = steps.scorer_step(_modules(made), rules, **config.step.to_dict())
     tokenizer = _questions(config, made["scorer"].module.image_tokens)
-    dataset = _dataset(config, _feed(config), tokenizer=tokenizer, templates=questions.TEMPLATES[config.data.templates])
+    templates, data = questions.TEMPLATES[config.data.templates], easyvqa.load("train")
+    pairs = scorer_pairs.PairSource(data, templates, config.data.options.questions)
+    dataset = pipeline.stage_dataset(
+        config.stage,
+        data,
+        _feed(config),
+        tokenizer=tokenizer,
+        templates=templates,
+        pairs=pairs,
+        **config.data.options.to_dict(),
+    )
     return Stage(made, rules, tuple(rules), step, dataset)
 
 

@@ -1,0 +1,269 @@
+"""What the small scorer of the easy-VQA experiment learns from: image pairs made by pixel operations, and answers.
+
+It plays the pretrained vision-language model, so it may see pairs. Its gradient has to mean something off the data:
+everywhere on the way from the unedited copy to the finished edit, and on pictures as an unfinished editor makes them.
+So answers are probabilities of Yes that rise smoothly with how much of an edit is there and fall smoothly with how much
+else has changed; and noise, blur and grids lie on good and bad candidates alike, so that they alone decide nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from npedit_jax.data import easyvqa, easyvqa_edits
+from npedit_jax.data import questions as questions_lib
+from npedit_jax.data.easyvqa_edits import Scene
+
+EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
+CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.12, "fade": 0.26, "part": 0.12, "wrong": 0.2, "soft": 0.1}
+VQA_SHARE = 0.2
+SIDE_EFFECT_SHARE = 0.5
+SURE = 0.98  # no answer is certain
+# Mean absolute change outside the edit, 0 to 255: below the first all is the same, above the second it is not.
+SAME, CHANGED = 2.0, 9.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerExample:
+    """Two images [H, W, 3] uint8, and questions about them as (kind, text, probability of Yes)."""
+
+    images: tuple[np.ndarray, np.ndarray]
+    questions: tuple[tuple[str, str, float], ...]
+
+
+@dataclasses.dataclass
+class Candidate:
+    """What an editor might have made: float32 [H, W, 3] in 0 to 255, how much of the edit is there, what of it shows.
+
+    `done` in [0, 1] is the share of the edit; `object_left` in [0, 1] how much of the old object is still to be seen;
+    `same` in [0, 1] how far the rest is unchanged.
+    """
+
+    pixels: np.ndarray
+    done: float
+    object_left: float
+    same: float = 1.0
+
+
+class PairSource:
+    """Draws examples: `source(image number, rng)`; a pure function of both."""
+
+    def __init__(self, data: easyvqa.EasyVQA, templates: questions_lib.Templates, questions: int = 3):
+        """`questions` is the most that an example comes with."""
+        self._data, self._templates, self._questions = data, templates, questions
+        self._scenes: dict[int, Scene] = {}
+
+    def __call__(self, index: int, rng: np.random.Generator) -> ScorerExample:
+        """An example about one image of the data."""
+        return self._vqa(index, rng) if rng.random() < VQA_SHARE else self._edit(index, rng)
+
+    def scene(self, index: int) -> Scene:
+        """The image taken apart."""
+        if index not in self._scenes:
+            self._scenes[index] = easyvqa_edits.take_apart(self._data.images[index])
+        return self._scenes[index]
+
+    def _vqa(self, index: int, rng: np.random.Generator) -> ScorerExample:
+        """The package's own questions, about the image as it is or a little spoiled."""
+        image, asked = self._data.images[index], self._data.questions[index]
+        chosen = rng.choice(len(asked), min(self._questions, len(asked)), replace=False)
+        texts = ((self._templates["vqa"].text.format(question=asked[i][0]), asked[i][1]) for i in chosen)
+        spoiled = to_uint8(spoil(np.float32(image), rng))
+        return ScorerExample((image, spoiled), tuple(("vqa", text, sure(float(yes))) for text, yes in texts))
+
+    def _edit(self, index: int, rng: np.random.Generator) -> ScorerExample:
+        """The two questions that the editor will be asked, about a candidate of any quality."""
+        reference, scene = self._data.images[index], self.scene(index)
+        edit = easyvqa.draw_edit(rng, self._data.shapes[index], choose(EDIT_SHARES, rng))
+        made = candidate(scene, edit, rng)
+        if rng.random() < SIDE_EFFECT_SHARE:
+            made = side_effect(made, scene, rng)
+        pixels = to_uint8(spoil(made.pixels, rng))
+        asked = questions_lib.edit_questions(
+            self._templates, edit.edit_type, instruction=edit.instruction, object=edit.object
+        )
+        verified = made.object_left if edit.edit_type == "remove" else made.done
+        answers = (sure(verified), sure(made.same))
+        return ScorerExample(
+            (reference, pixels),
+            tuple((question.kind, question.text, answer) for question, answer in zip(asked, answers, strict=True)),
+        )
+
+
+def candidate(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
+    """What an editor might make of the scene when told to carry the edit out."""
+    before = np.float32(scene.render())
+    goal_scene = goal(scene, edit, rng)
+    after = np.float32(goal_scene.render())
+    kind = choose(CANDIDATE_SHARES, rng)
+    if edit.edit_type == "nothing":
+        return Candidate(before, 1.0, 1.0)
+    if kind == "copy":
+        return Candidate(before, 0.0, 1.0)
+    if kind == "wrong":
+        return wrong(scene, edit, rng)
+    if kind == "fade":
+        share = rng.random()
+        return Candidate(before + share * (after - before), rises(share), 1.0 - rises(share))
+    if kind == "part":
+        share, mask = part(scene, goal_scene, rng)
+        pixels = np.where(mask[..., None], after, before)
+        return Candidate(pixels, rises(share), 1.0 - rises(share))
+    if kind == "soft" and edit.edit_type != "remove":
+        # A new outline has to be crisp; a recoloured shape may be soft for longer.
+        sigma = rng.uniform(0.3, 3.5)
+        limit = 1.0 if edit.edit_type == "replace" else 2.0
+        crisp = float(np.clip(1.0 - (sigma - limit) / 2.0, 0.0, 1.0))
+        return Candidate(blur(after, sigma), crisp, 0.0, 0.5 + 0.5 * crisp)
+    return Candidate(after, 1.0, 0.0)
+
+
+def goal(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Scene:
+    """The finished edit; a new shape may be a little larger or smaller than the old one, a rectangle any way long."""
+    match edit.edit_type:
+        case "recolor":
+            return scene.recolored(edit.target.color)
+        case "remove":
+            return scene.removed()
+        case "replace":
+            replaced = scene.replaced(edit.target.kind, aspect=float(np.exp(rng.uniform(-0.4, 0.4))))
+            return replaced.resized(float(rng.uniform(0.9, 1.15))) if rng.random() < 0.5 else replaced
+        case _:
+            return scene
+
+
+def wrong(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
+    """Another edit than the one asked for, or the right one to another degree."""
+    colors = [color for color in easyvqa.COLORS if color not in (edit.source.color, getattr(edit.target, "color", ""))]
+    kinds = [kind for kind in easyvqa.CLASSES if kind not in (edit.source.kind, getattr(edit.target, "kind", ""))]
+    choice = rng.random()
+    if edit.edit_type == "recolor":
+        if choice < 0.6:
+            return Candidate(np.float32(scene.recolored(pick(colors, rng)).render()), 0.0, 1.0)
+        if choice < 0.8:
+            made = scene.recolored(edit.target.color).replaced(pick(kinds, rng))
+            return Candidate(np.float32(made.render()), 0.3, 0.0, 0.1)
+        return Candidate(np.float32(scene.removed().render()), 0.0, 0.0, 0.1)
+    if edit.edit_type == "remove":
+        if choice < 0.4:  # another colour is still the object
+            return Candidate(np.float32(scene.recolored(pick(colors, rng)).render()), 0.0, 1.0, 0.6)
+        if choice < 0.7:  # another object in its place: gone, but not left away
+            return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 0.0, 0.05)
+        scale = rng.uniform(0.3, 0.8)
+        return Candidate(np.float32(scene.resized(float(scale)).render()), 0.0, 1.0)
+    if choice < 0.4 and kinds:
+        return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 0.0)
+    if choice < 0.6:
+        made = scene.replaced(edit.target.kind).recolored(pick(colors, rng))
+        return Candidate(np.float32(made.render()), 0.2, 0.0, 0.1)
+    if choice < 0.8:
+        both = np.maximum(scene.alpha, scene.replaced(edit.target.kind).moved(*rng.uniform(-20, 20, 2)).alpha)
+        return Candidate(np.float32(dataclasses.replace(scene, alpha=both).render()), 0.1, 1.0, 0.1)
+    return Candidate(np.float32(scene.removed().render()), 0.0, 0.0, 0.5)
+
+
+def part(scene: Scene, goal_scene: Scene, rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    """A region of the image where the edit is done: a half plane or blots; and its share of what has to change."""
+    height, width = scene.alpha.shape
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    if rng.random() < 0.5:
+        angle = rng.uniform(0, 2 * np.pi)
+        field = np.cos(angle) * x + np.sin(angle) * y
+    else:
+        coarse = rng.normal(size=(8, 8)).astype(np.float32)
+        field = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    changing = np.abs(goal_scene.render().astype(np.float32) - scene.render()).sum(-1)
+    weights = np.where(changing > 15, 1.0, 0.0)
+    values = field[weights > 0]
+    if not values.size:
+        return 0.0, np.zeros_like(field, bool)
+    mask = field <= np.quantile(values, rng.random())
+    return float((mask * weights).sum() / weights.sum()), mask
+
+
+def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Candidate:
+    """The candidate with something else changed as well, by any amount."""
+    height, width = scene.alpha.shape
+    pixels, choice = made.pixels, rng.random()
+    if choice < 0.35:  # the ground, or all of it, drifts
+        shift = rng.normal(size=3).astype(np.float32)
+        shift *= rng.uniform(0.0, 25.0) / np.abs(shift).mean()
+        changed = pixels + shift if rng.random() < 0.4 else pixels + shift * (1 - scene.alpha[..., None])
+    elif choice < 0.5:  # low-frequency drift
+        coarse = rng.normal(size=(3, 4, 4)).astype(np.float32) * rng.uniform(0.0, 25.0)
+        planes = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC) for plane in coarse]
+        changed = pixels + np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    elif choice < 0.7:  # everything moves by a few pixels
+        down, right = rng.integers(-6, 7, 2)
+        pad = np.pad(pixels, ((6, 6), (6, 6), (0, 0)), mode="edge")
+        changed = pad[6 + down : 6 + down + height, 6 + right : 6 + right + width]
+        moved = float(np.hypot(down, right))
+        return Candidate(
+            changed, made.done * falls(moved, 3.0, 7.0), made.object_left, made.same * falls(moved, 0.5, 3)
+        )
+    else:  # something new appears
+        side = rng.uniform(easyvqa_edits.SMALLEST, 20.0)
+        top, left = rng.uniform(0, (height - side, width - side))
+        kind, color = pick(easyvqa.CLASSES, rng), pick(easyvqa.COLORS, rng)
+        alpha = easyvqa_edits.coverage(kind, (top, left, top + side, left + side), (height, width))[..., None]
+        strength = rng.random()
+        changed = pixels + strength * alpha * (np.array(easyvqa.PALETTE[color], np.float32) - pixels)
+        seen = falls(strength, 0.08, 0.5)
+        left_over = max(made.object_left, 1.0 - seen if kind == scene.kind else 0.0)
+        return Candidate(changed, made.done * (0.4 + 0.6 * seen), left_over, made.same * seen)
+    changed = np.clip(changed, 0, 255)
+    error = float(np.abs(changed - pixels)[scene.alpha < 0.01].mean())
+    return Candidate(changed, made.done, made.object_left, made.same * falls(error, SAME, CHANGED))
+
+
+def spoil(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Faults of an unfinished editor that change nothing about the answers: noise, slight blur, grids, a faint tint."""
+    pixels = pixels + rng.normal(scale=0.8, size=3).astype(np.float32)
+    if rng.random() < 0.3:
+        pixels = blur(pixels, rng.uniform(0.2, 0.7))
+    if rng.random() < 0.2:
+        step = int(rng.choice((4, 8)))
+        grid = np.zeros(pixels.shape[:2], np.float32)
+        grid[::step], grid[:, ::step] = 1.0, 1.0
+        pixels = pixels + rng.normal(scale=5.0) * grid[..., None]
+    if rng.random() < 0.5:
+        pixels = pixels + rng.normal(scale=rng.uniform(0.0, 10.0), size=pixels.shape).astype(np.float32)
+    return pixels
+
+
+def rises(share: float) -> float:
+    """Answer to a share of an edit: slow at first, above 0.9 only from about 0.93 on."""
+    return float(share) ** 1.5
+
+
+def falls(value: float, good: float, bad: float) -> float:
+    """1 up to `good`, 0 from `bad` on, a straight line between."""
+    return float(np.clip((bad - value) / (bad - good), 0.0, 1.0))
+
+
+def sure(probability: float) -> float:
+    """A probability kept away from 0 and 1."""
+    return float(np.clip(probability, 1.0 - SURE, SURE))
+
+
+def blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of float pixels 0 to 255, through 8 bits."""
+    return np.float32(Image.fromarray(to_uint8(pixels)).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Rounds and clips to 0 to 255."""
+    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+
+
+def choose(shares: Mapping[str, float], rng: np.random.Generator) -> str:
+    """One of the names, each with its share."""
+    weights = np.array(list(shares.values()))
+    return list(shares)[int(np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(), side="right"))]
+
+
+def pick(options: tuple[str, ...] | list[str], rng: np.random.Generator) -> str:
+    """One of the options, all alike."""
+    return options[int(rng.integers(len(options)))]

@@ -1,0 +1,110 @@
+"""The scorer's examples: answers follow what is to be seen, faults alone decide nothing, draws are repeatable."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from npedit_jax.data import easyvqa, easyvqa_edits, questions, scorer_pairs
+from npedit_jax.evaluation import easyvqa_judge
+
+
+@pytest.fixture(scope="module")
+def data():
+    return easyvqa.load("train").fraction(0.1)
+
+
+@pytest.fixture(scope="module")
+def source(data):
+    return scorer_pairs.PairSource(data, questions.EASYVQA)
+
+
+@pytest.fixture(scope="module")
+def examples(source):
+    return [source(index % 400, np.random.default_rng(index)) for index in range(1500)]
+
+
+def test_same_draw_gives_the_same_example(source):
+    first, again = (source(7, np.random.default_rng(3)) for _ in range(2))
+    assert first.questions == again.questions
+    np.testing.assert_array_equal(first.images, again.images)
+
+
+def test_shapes_kinds_and_probabilities(examples, data):
+    for example in examples:
+        assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in example.images)
+        assert 1 <= len(example.questions) <= 3
+        for kind, text, answer in example.questions:
+            assert kind in questions.EASYVQA and text
+            assert 0.0 < answer < 1.0
+
+
+def test_every_kind_of_question_has_both_answers(examples):
+    for kind in questions.EASYVQA:
+        answers = np.array([answer for example in examples for name, _, answer in example.questions if name == kind])
+        assert 0.15 < (answers > 0.5).mean() < 0.85, kind
+
+
+def test_first_image_is_always_an_image_of_the_data(source, data):
+    for index in range(50):
+        np.testing.assert_array_equal(source(index, np.random.default_rng(index)).images[0], data.images[index])
+
+
+@pytest.mark.parametrize("edit_type", ["recolor", "remove", "replace"])
+def test_answers_agree_with_the_pixel_judge(edit_type, source, data):
+    """Candidates that are surely done or surely not, without side effects or faults."""
+    agreed, rng = [], np.random.default_rng(0)
+    for index in range(400):
+        edit = easyvqa.draw_edit(rng, data.shapes[index], edit_type)
+        made = scorer_pairs.candidate(source.scene(index), edit, rng)
+        answer = 1.0 - made.object_left if edit_type == "remove" and made.same > 0.5 else made.done
+        if 0.1 < answer < 0.95:
+            continue
+        judged = easyvqa_judge.judge(data.images[index], scorer_pairs.to_uint8(made.pixels), edit).done
+        agreed.append(judged == (answer > 0.5))
+    assert len(agreed) > 150
+    assert np.mean(agreed) > 0.93
+
+
+def test_more_of_the_edit_is_a_surer_yes():
+    shares = np.linspace(0, 1, 21)
+    answers = [scorer_pairs.rises(share) for share in shares]
+    assert np.all(np.diff(answers) > 0) and answers[0] == 0.0 and answers[-1] == 1.0
+    assert scorer_pairs.rises(0.9) < 0.9 < scorer_pairs.rises(0.95)
+
+
+def test_side_effects_lower_the_identity_answer_by_how_much_changed(source):
+    rng = np.random.default_rng(0)
+    scene = source.scene(3)
+    whole = scorer_pairs.Candidate(np.float32(scene.render()), 1.0, 0.0)
+    seen = []
+    for _ in range(400):
+        changed = scorer_pairs.side_effect(dataclasses.replace(whole), scene, rng)
+        seen.append((float(np.abs(changed.pixels - whole.pixels).mean()), changed.same))
+    small = [same for error, same in seen if error < 0.3]
+    large = [same for error, same in seen if error > 10]
+    assert min(small) > 0.5 and np.mean(small) > 0.85
+    assert max(large) < 0.3
+
+
+def test_faults_lie_on_both_answers_alike(examples):
+    """Mean roughness of candidates must not tell Yes from No."""
+    rough = {True: [], False: []}
+    for example in examples:
+        for kind, _, answer in example.questions:
+            if kind == "edit" and not 0.1 < answer < 0.9:
+                pixels = example.images[1].astype(float)
+                corner = pixels[:6, :6]
+                rough[answer > 0.5].append(np.abs(np.diff(corner, axis=0)).mean())
+    assert 0.7 < np.mean(rough[True]) / np.mean(rough[False]) < 1.4
+
+
+def test_wrong_edits_are_not_the_edit(source, data):
+    rng = np.random.default_rng(1)
+    for index in range(100):
+        for edit_type in ("recolor", "replace"):
+            edit = easyvqa.draw_edit(rng, data.shapes[index], edit_type)
+            made = scorer_pairs.wrong(source.scene(index), edit, rng)
+            assert made.done <= 0.3
+            hand = easyvqa_edits.apply(data.images[index], edit)
+            assert np.abs(made.pixels - hand).max() > 30
