@@ -119,14 +119,27 @@ def test_seed_and_instruction_decide(editor):
 def test_warm_call_does_not_trace_again(editor):
     image = Image.fromarray(_images(1)[0])
     editor(image, "remove the circle")
-    programs = editor._edit._cache_size()
+    programs = editor._program._cache_size()
     editor(image, "paint the circle blue", seed=9)
-    assert editor._edit._cache_size() == programs
+    assert editor._program._cache_size() == programs
 
 
-def test_size_that_does_not_fit_is_told(editor):
-    with pytest.raises(ValueError, match="multiples of 4, up to 32 x 32; this one is 18 x 16"):
+def test_short_last_batch_is_filled_up(editor):
+    images, instructions = _images(3), ["make the circle red", "remove the circle", "do nothing."]
+    whole = editor.edit_batch(images, instructions, [0, 1, 7]).astype(int)
+    before = editor._program._cache_size()
+    parts = editor.edit_batch(images, instructions, [0, 1, 7], batch_size=2).astype(int)
+    assert np.abs(parts - whole).max() <= 1
+    assert editor._program._cache_size() == before + 1
+
+
+def test_arguments_that_do_not_fit_are_told(editor):
+    with pytest.raises(ValueError, match="16x18 pixels .* multiples of 4, at most 32x32"):
         editor.edit_batch(np.zeros((1, 18, 16, 3), np.uint8), ["do nothing."], [0])
+    with pytest.raises(ValueError, match="as many instructions and seeds as images"):
+        editor.edit_batch(_images(2), ["do nothing."], [0, 1])
+    with pytest.raises(ValueError, match="found float32"):
+        editor.edit_batch(_images(1).astype(np.float32), ["do nothing."], [0])
 
 
 def test_command_writes_a_png_that_tells_how_it_was_made(run, tmp_path):
@@ -150,38 +163,90 @@ def test_batch_file_of_several_sizes(run, tmp_path):
     assert sizes == [(16, 16), (8, 16), (16, 16)]
 
 
+@pytest.fixture
+def folder(run, tmp_path, monkeypatch):
+    """The current directory: good and bad inputs, and the run."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(_images(1)[0]).save("good.png")
+    Image.fromarray(_images(1)[0][:, :15]).save("odd.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    for name in ("empty", "model", "damaged", "young", "folder.png"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "damaged" / "config.json").write_text('{"stage":')
+    (tmp_path / "young" / "config.json").write_text((run / "config.json").read_text())
+    return tmp_path
+
+
+def _told(capsys, folder, words: list[str]) -> str:
+    """The one line that a refused command tells; nothing has been written."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as error:
+        edit.main(words)
+    line = str(error.value.code)  # which Python prints on stderr, exiting with 1
+    assert line.startswith("edit: ") and "\n" not in line
+    assert capsys.readouterr() == ("", "")
+    assert sorted(folder.rglob("*")) == before
+    return line
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"image": "missing.png"}, "there is no image"),
-        ({"image": "broken.png"}, "does not decode"),
+        ({"image": "missing.png"}, "image missing.png is not there"),
+        ({"image": "broken.png"}, "image broken.png does not decode"),
+        ({"image": "odd.png"}, "15x16 pixels"),
         ({"instruction": "make the dog purple"}, "unknown words: dog, purple"),
-        ({"output": "nowhere/out.png"}, "there is no folder"),
-        ({"checkpoint": "empty"}, "is no run"),
+        ({"instruction": "remove the circle " * 9}, "longer than 16 tokens"),
+        ({"seed": "-1"}, "from 0 to 4294967295, found -1"),
+        ({"output": "nowhere/out.png"}, "the folder of output nowhere/out.png is missing"),
+        ({"output": "folder.png"}, "is a folder"),
+        ({"output": "out.jpg"}, "must end in .png"),
+        ({"checkpoint": "empty"}, "empty is no run"),
+        ({"checkpoint": "model"}, "model is no run of an editor"),
+        ({"checkpoint": "damaged"}, "its config.json is damaged"),
+        ({"checkpoint": "young"}, "young has no checkpoint yet"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_told_in_one_line_and_writes_nothing(run, tmp_path, monkeypatch, change, told):
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(_images(1)[0]).save("good.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
-    (tmp_path / "empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
+def test_bad_input_is_told_in_one_line_and_writes_nothing(run, folder, capsys, change, told):
     options = {"checkpoint": str(run), "image": "good.png", "instruction": "remove the circle", "output": "out.png"}
-    words = [word for name, value in (options | change).items() for word in (f"--{name}", value)]
-    with pytest.raises(SystemExit) as error:
-        edit.main(words)
-    assert str(error.value.code).startswith("edit: ") and told in str(error.value.code)
-    assert "\n" not in str(error.value.code)
-    assert sorted(tmp_path.rglob("*")) == before
+    words = [f"--{name}={value}" for name, value in (options | change).items()]
+    assert told in _told(capsys, folder, words)
 
 
 @pytest.mark.parametrize(
-    "line", ["not json", '["a"]', '{"image": "a.png"}', '{"image": 1, "instruction": "x", "output": "y"}']
+    ("line", "told"),
+    [
+        (b"not json", "no JSON"),
+        (b'{"image": "\xe9"}', "no JSON in UTF-8"),
+        (b'["a"]', "expected a JSON object, found list"),
+        (b'{"image": "good.png"}', "instruction, output missing"),
+        ({"image": 1}, "image must be of type str, found 1"),
+        ({"seed": True}, "seed must be of type int, found True"),
+        ({"sed": 1}, "unknown fields sed"),
+        ({"image": "odd.png"}, "15x16 pixels"),
+        ({"instruction": "make the dog purple"}, "unknown words: dog, purple"),
+        ({"output": "folder.png"}, "is a folder"),
+        ({"output": "a.png"}, "output a.png is asked for twice"),
+    ],
+    ids=str,
 )
-def test_bad_line_of_a_batch_file_is_numbered(run, tmp_path, line):
-    good = json.dumps({"image": "a.png", "instruction": "remove the circle", "output": "b.png"})
-    (tmp_path / "requests.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(SystemExit) as error:
-        edit.main(["--checkpoint", str(run), "--batch", str(tmp_path / "requests.jsonl")])
-    assert "line 2 of" in str(error.value.code)
+def test_bad_line_of_a_batch_file_is_numbered(run, folder, capsys, line, told):
+    good = {"image": "good.png", "instruction": "remove the circle", "output": "a.png"}
+    bad = line if isinstance(line, bytes) else json.dumps(good | {"output": "b.png"} | line).encode()
+    (folder / "requests.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + bad + b"\n")
+    message = _told(capsys, folder, ["--checkpoint", str(run), "--batch", "requests.jsonl"])
+    assert message.startswith("edit: requests.jsonl line 2: ") and told in message
+
+
+def test_interrupted_write_leaves_nothing(folder, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    request = edit.Request("good.png", "remove the circle", "out.png", 0)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(type(edit.epath.Path("x")), "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        edit.write_png(_images(1)[0], request, "run")
+    assert sorted(folder.rglob("*")) == before

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 3500
     config.batch_size = 32
-    config.cpu_devices = 2
+    config.cpu_devices = 1
 
     config.networks = ConfigDict()
     config.networks.autoencoder = network("autoencoder", "package:pretrained/easyvqa/vae")
@@ -80,4 +80,6 @@ def get_config() -> ConfigDict:
 
 def network(kind: str, directory: str = "", architecture: dict | None = None) -> ConfigDict:
     """One network: its weights' directory, or the architecture of a fresh one."""
-    return ConfigDict(dict(kind=kind, directory=directory, architecture=architecture or {}, options={}))
+    # On a CPU, computing a block again is faster than reading what it left behind.
+    options = dict(remat="full") if kind == "zimage" else {}
+    return ConfigDict(dict(kind=kind, directory=directory, architecture=architecture or {}, options=options))

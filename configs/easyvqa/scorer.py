@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 3000
     config.batch_size = 32
-    config.cpu_devices = 2
+    config.cpu_devices = 1
 
     config.networks = ConfigDict()
     config.networks.autoencoder = network("autoencoder", "package:pretrained/easyvqa/vae")

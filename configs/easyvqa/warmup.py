@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 1200
     config.batch_size = 24
-    config.cpu_devices = 2
+    config.cpu_devices = 1
 
     config.networks = ConfigDict()
     config.networks.autoencoder = network("autoencoder", "package:pretrained/easyvqa/vae")
@@ -51,4 +51,6 @@ def get_config() -> ConfigDict:
 
 def network(kind: str, directory: str) -> ConfigDict:
     """One network with the directory of its weights."""
-    return ConfigDict(dict(kind=kind, directory=directory, architecture={}, options={}))
+    # On a CPU, computing a block again is faster than reading what it left behind.
+    options = dict(remat="full") if kind == "zimage" else {}
+    return ConfigDict(dict(kind=kind, directory=directory, architecture={}, options=options))
