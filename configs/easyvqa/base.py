@@ -21,13 +21,13 @@ def get_config() -> ConfigDict:
         "zimage",
         architecture=dict(
             in_channels=8,
-            dim=128,
+            dim=96,
             n_layers=6,
             n_refiner_layers=1,
             n_heads=4,
             cap_feat_dim=96,
             rope_theta=256.0,
-            axes_dims=(8, 12, 12),
+            axes_dims=(8, 8, 8),
             axes_lens=(64, 16, 16),
             # Choices of the small experiment; the full-size network keeps Z-Image's own.
             npedit=dict(prediction="sample", position_embedding="sinusoidal", pad_multiple=16),
