@@ -36,9 +36,14 @@ def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading_axes: int = 0) -> dict[str, jax.Array]:
-    """Places a host's batch on its devices."""
-    sharding = batch_sharding(mesh, leading_axes)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    """Places a host's batch on its devices; what has a batch axis of 1 is the same for all samples, and replicated."""
+
+    def put(value: np.ndarray) -> jax.Array:
+        shared = value.shape[leading_axes] == 1
+        sharding = replicated(mesh) if shared else batch_sharding(mesh, leading_axes)
+        return jax.make_array_from_process_local_data(sharding, value)
+
+    return {name: put(value) for name, value in batch.items()}
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:

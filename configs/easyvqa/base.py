@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
             # The empty picture and other places of the shape are what a pretrained text-to-image model would know.
-            options=dict(caption_dropout=0.1, plain_share=0.08, redraw=0.3),
+            options=dict(caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.3),
         )
     )
     config.step = ConfigDict(dict(ema=0.99, skip_norm=1000.0, time_shift=3.0, weighting="uniform", endpoint=0.0))

@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
             llm_config=dict(
                 architectures=["Qwen2ForCausalLM"],
                 model_type="qwen2",
-                vocab_size=69,
+                vocab_size=71,
                 hidden_size=128,
                 intermediate_size=384,
                 num_hidden_layers=4,

@@ -165,6 +165,18 @@ def draw_edit(rng: np.random.Generator, source: Shape, edit_type: str) -> Edit:
     return Edit(edit_type, instruction(rng, edit_type, source, target), source, target)
 
 
+def instruction_towards(target: Shape | None, rng: np.random.Generator) -> str:
+    """An instruction that would lead to an image of `target` (None: the bare ground) from one of another shape."""
+    others = {
+        "recolor": lambda: Shape(_choose([color for color in COLORS if color != target.color], rng), target.kind),
+        "replace": lambda: Shape(target.color, _choose([kind for kind in CLASSES if kind != target.kind], rng)),
+        "remove": lambda: Shape(_choose(COLORS, rng), _choose(CLASSES, rng)),
+        "nothing": lambda: target,
+    }
+    edit_type = "remove" if target is None else _choose(("recolor", "recolor", "replace", "replace", "nothing"), rng)
+    return instruction(rng, edit_type, others[edit_type](), target)
+
+
 def texts() -> Iterator[str]:
     """Every caption and every instruction that can be drawn, some more than once: what a vocabulary must cover."""
     yield _GROUND_CAPTION

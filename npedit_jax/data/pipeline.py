@@ -87,6 +87,7 @@ def base(
     plain_share: float = 0.0,
     redraw: float = 0.0,
     flip: float = 0.0,
+    instruction_share: float = 0.0,
 ) -> grain.MapDataset:
     """{"image": uint8 [B, H, W, 3], "caption_ids": int32 [B, L], "caption_mask": bool [B, L]}.
 
@@ -95,12 +96,16 @@ def base(
       plain_share: share of images that are the bare ground, so that the model knows the empty picture.
       redraw: probability that an image's shape gives way to one drawn anew: any colour, class, place and size.
       flip: probability that an image is mirrored left to right.
+      instruction_share: probability that an instruction which would lead to the image stands in for its caption. A text
+        encoder that learns here alone would otherwise never meet the words of instructions. No other image is seen.
     """
     captions = TextCache(text)
 
     def sample(draw, index, rng):
         image, shape = draw(data, index, rng)
-        return {"image": image} | captions.fields("caption", _drop(easyvqa.caption(shape, rng), caption_dropout, rng))
+        instructed = rng.random() < instruction_share
+        words = easyvqa.instruction_towards(shape, rng) if instructed else easyvqa.caption(shape, rng)
+        return {"image": image} | captions.fields("caption", _drop(words, caption_dropout, rng))
 
     return _batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
 

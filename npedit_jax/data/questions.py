@@ -77,7 +77,7 @@ EDITING: Templates = {
 
 EASYVQA: Templates = {
     "edit": Template("was this done: {instruction}", BOTH, True),
-    "edit_remove": Template("is there a {object} in the image?", EDITED, False),
+    "edit_remove": Template("is there a {object} or another shape in the image?", EDITED, False),
     "identity": Template("is the rest the same after: {instruction}", BOTH, True),
     "identity_remove": Template("is the rest the same without the {object}?", BOTH, True),
     "vqa": Template("{question}", EDITED, True),

@@ -17,7 +17,7 @@ from npedit_jax.data import questions as questions_lib
 from npedit_jax.data.easyvqa_edits import Scene
 
 EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
-CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.12, "fade": 0.26, "part": 0.12, "wrong": 0.2, "soft": 0.1}
+CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.1, "fade": 0.22, "morph": 0.1, "part": 0.1, "wrong": 0.18, "soft": 0.1}
 VQA_SHARE = 0.2
 SIDE_EFFECT_SHARE = 0.5
 SURE = 0.98  # no answer is certain
@@ -99,7 +99,7 @@ def candidate(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Can
     after = np.float32(goal_scene.render())
     kind = choose(CANDIDATE_SHARES, rng)
     if edit.edit_type == "nothing":
-        return Candidate(before, 1.0, 1.0)
+        return wrong_nothing(scene, edit, rng) if kind in ("fade", "wrong") else Candidate(before, 1.0, 1.0)
     if kind == "copy":
         return Candidate(before, 0.0, 1.0)
     if kind == "wrong":
@@ -114,9 +114,11 @@ def candidate(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Can
     if kind == "soft" and edit.edit_type != "remove":
         # A new outline has to be crisp; a recoloured shape may be soft for longer.
         sigma = rng.uniform(0.3, 3.5)
-        limit = 1.0 if edit.edit_type == "replace" else 2.0
-        crisp = float(np.clip(1.0 - (sigma - limit) / 2.0, 0.0, 1.0))
+        crisp = falls(sigma, 0.6, 1.8) if edit.edit_type == "replace" else falls(sigma, 1.5, 3.5)
         return Candidate(blur(after, sigma), crisp, 0.0, 0.5 + 0.5 * crisp)
+    if kind == "morph" and edit.edit_type == "replace":
+        share = rng.random()
+        return Candidate(np.float32(morph(scene, goal_scene, share).render()), rises(share), 0.0)
     return Candidate(after, 1.0, 0.0)
 
 
@@ -134,6 +136,26 @@ def goal(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Scene:
             return scene
 
 
+def morph(scene: Scene, goal_scene: Scene, share: float) -> Scene:
+    """An outline on the way from one shape to the other: the middle one of two soft-edged areas, crisp again."""
+    old, new = (
+        Image.fromarray(to_uint8(255 * x.alpha)).filter(ImageFilter.GaussianBlur(4)) for x in (scene, goal_scene)
+    )
+    field = ((1 - share) * np.float32(old) + share * np.float32(new)) / 255
+    between = np.clip(0.5 + 8.0 * (field - 0.5), 0.0, 1.0)
+    # Blurring rounds the corners; near the goal they come back.
+    near = np.clip((share - 0.7) / 0.3, 0.0, 1.0)
+    return dataclasses.replace(goal_scene, alpha=np.float32((1 - near) * between + near * goal_scene.alpha))
+
+
+def wrong_nothing(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
+    """An edit where none was asked for."""
+    other = easyvqa.draw_edit(rng, edit.source, choose({"recolor": 1.0, "replace": 1.0, "remove": 1.0}, rng))
+    before, after = np.float32(scene.render()), np.float32(goal(scene, other, rng).render())
+    share = rng.random()
+    return Candidate(before + share * (after - before), falls(share, 0.05, 0.6), 1.0, falls(share, 0.05, 0.6))
+
+
 def wrong(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
     """Another edit than the one asked for, or the right one to another degree."""
     colors = [color for color in easyvqa.COLORS if color not in (edit.source.color, getattr(edit.target, "color", ""))]
@@ -149,16 +171,19 @@ def wrong(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candida
     if edit.edit_type == "remove":
         if choice < 0.4:  # another colour is still the object
             return Candidate(np.float32(scene.recolored(pick(colors, rng)).render()), 0.0, 1.0, 0.6)
-        if choice < 0.7:  # another object in its place: gone, but not left away
-            return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 0.0, 0.05)
+        if choice < 0.7:  # another shape in its place
+            return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 1.0, 0.05)
         scale = rng.uniform(0.3, 0.8)
         return Candidate(np.float32(scene.resized(float(scale)).render()), 0.0, 1.0)
-    if choice < 0.4 and kinds:
+    if choice < 0.35 and kinds:
         return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 0.0)
-    if choice < 0.6:
+    if choice < 0.5:
         made = scene.replaced(edit.target.kind).recolored(pick(colors, rng))
         return Candidate(np.float32(made.render()), 0.2, 0.0, 0.1)
-    if choice < 0.8:
+    if choice < 0.7:  # the right shape at another place
+        down, right = rng.choice((-1, 1), 2) * rng.uniform(12, 30, 2)
+        return Candidate(np.float32(scene.replaced(edit.target.kind).moved(down, right).render()), 0.1, 0.0, 0.2)
+    if choice < 0.85:
         both = np.maximum(scene.alpha, scene.replaced(edit.target.kind).moved(*rng.uniform(-20, 20, 2)).alpha)
         return Candidate(np.float32(dataclasses.replace(scene, alpha=both).render()), 0.1, 1.0, 0.1)
     return Candidate(np.float32(scene.removed().render()), 0.0, 0.0, 0.5)
@@ -190,7 +215,7 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
     if choice < 0.35:  # the ground, or all of it, drifts
         shift = rng.normal(size=3).astype(np.float32)
         shift *= rng.uniform(0.0, 25.0) / np.abs(shift).mean()
-        changed = pixels + shift if rng.random() < 0.4 else pixels + shift * (1 - scene.alpha[..., None])
+        changed = pixels + shift if rng.random() < 0.4 else np.where(on_ground(pixels, scene), pixels + shift, pixels)
     elif choice < 0.5:  # low-frequency drift
         coarse = rng.normal(size=(3, 4, 4)).astype(np.float32) * rng.uniform(0.0, 25.0)
         planes = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC) for plane in coarse]
@@ -199,6 +224,8 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
         down, right = rng.integers(-6, 7, 2)
         pad = np.pad(pixels, ((6, 6), (6, 6), (0, 0)), mode="edge")
         changed = pad[6 + down : 6 + down + height, 6 + right : 6 + right + width]
+        if np.abs(changed - pixels).max() < 15:
+            return made  # of a bare ground nothing moves
         moved = float(np.hypot(down, right))
         return Candidate(
             changed, made.done * falls(moved, 3.0, 7.0), made.object_left, made.same * falls(moved, 0.5, 3)
@@ -211,7 +238,7 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
         strength = rng.random()
         changed = pixels + strength * alpha * (np.array(easyvqa.PALETTE[color], np.float32) - pixels)
         seen = falls(strength, 0.08, 0.5)
-        left_over = max(made.object_left, 1.0 - seen if kind == scene.kind else 0.0)
+        left_over = max(made.object_left, 1.0 - seen)
         return Candidate(changed, made.done * (0.4 + 0.6 * seen), left_over, made.same * seen)
     changed = np.clip(changed, 0, 255)
     error = float(np.abs(changed - pixels)[scene.alpha < 0.01].mean())
@@ -233,9 +260,14 @@ def spoil(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
+def on_ground(pixels: np.ndarray, scene: Scene) -> np.ndarray:
+    """Where the candidate shows its ground, bool [H, W, 1]."""
+    return (np.abs(pixels - scene.ground).sum(-1) < 40)[..., None]
+
+
 def rises(share: float) -> float:
-    """Answer to a share of an edit: slow at first, above 0.9 only from about 0.93 on."""
-    return float(share) ** 1.5
+    """Answer to a share of an edit, a straight line in the logit: as steep at the copy as anywhere else."""
+    return float(1.0 / (1.0 + np.exp(4.0 - 8.0 * share)))
 
 
 def falls(value: float, good: float, bad: float) -> float:

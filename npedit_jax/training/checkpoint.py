@@ -21,7 +21,11 @@ class Checkpoints:
           read_only: never writes; the directory must exist.
         """
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every, max_to_keep=keep, create=not read_only, read_only=read_only
+            # Without a policy Orbax also saves the first step it is asked about.
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(every),
+            max_to_keep=keep,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / "checkpoints", options=options)
 

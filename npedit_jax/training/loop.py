@@ -44,7 +44,7 @@ def run(
     log = telemetry.MetricsLog(workdir, restored_step=start)
 
     step_function = jax.jit(stage.step, donate_argnums=0)
-    base_rng = jax.random.key(config.seed)
+    _, base_rng = jax.random.split(jax.random.key(config.seed))  # the other half made the initial weights
     pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     with telemetry.progress(config.steps, start, config.stage) as bar:
         for step in range(start + 1, config.steps + 1):

@@ -59,7 +59,7 @@ def build(config: ml_collections.ConfigDict) -> Stage:
     }
     if config.stage not in builders:
         raise ValueError(f"unknown stage {config.stage!r}; choose one of {tuple(builders)}")
-    rng = jax.random.key(config.seed)
+    rng, _ = jax.random.split(jax.random.key(config.seed))
     specs = config.networks
     made = {
         name: networks.create(specs[name], jax.random.fold_in(rng, number)) for number, name in enumerate(sorted(specs))

@@ -47,14 +47,20 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Updates one network, guarded; the step count and the averages are left to `finish_step`.
 
-    Parameters whose last name is among `frozen` get no gradient, and none of it counts in the norm.
+    Parameters whose last name is among `frozen` stay as they are, and their gradient does not count in the norm.
     """
     gradients = jax.tree_util.tree_map_with_path(
         lambda path, g: jnp.zeros_like(g) if path[-1].key in frozen else g, gradients
     )
     update = optimizer.guarded_update(rule, state.params[name], state.optimizer[name], gradients, skip_norm=skip_norm)
+    kept = jax.tree_util.tree_map_with_path(
+        # Weight decay moves a parameter without a gradient.
+        lambda path, new, old: old if path[-1].key in frozen else new,
+        update.params,
+        state.params[name],
+    )
     state = state.replace(
-        params=state.params | {name: update.params},
+        params=state.params | {name: kept},
         optimizer=state.optimizer | {name: update.optimizer},
         skipped=state.skipped | {name: state.skipped[name] + update.skipped},
     )

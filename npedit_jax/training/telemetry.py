@@ -10,6 +10,8 @@ import tqdm
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from npedit_jax.training.workdirs import write_whole
+
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one working directory, written by process 0.
@@ -26,7 +28,7 @@ class MetricsLog:
             return
         kept = read_metrics(workdir, up_to=restored_step) if self._path.exists() else []
         self._lines = [json.dumps(row) for row in kept]
-        self._path.write_text("".join(line + "\n" for line in self._lines))
+        write_whole(self._path, "".join(line + "\n" for line in self._lines))
         self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=restored_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

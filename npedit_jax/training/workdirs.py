@@ -22,7 +22,14 @@ def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None
     workdir = epath.Path(workdir)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(plain(config), indent=2) + "\n")
+        write_whole(workdir / "config.json", json.dumps(plain(config), indent=2) + "\n")
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file under another name and then renames it: a kill leaves the old file or the new one."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
@@ -34,7 +41,10 @@ def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
     workdir = epath.Path(workdir)
     path, new = workdir / "config.json", plain(config)
     if path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise WorkdirError(f"{path} is damaged ({error}); take another --workdir, or mend it") from error
         different = differences(old, new)
         binding = [line for name, line in different if name.split(".")[0] not in FREE_FIELDS]
         if binding:

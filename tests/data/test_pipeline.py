@@ -183,7 +183,8 @@ def test_npedit_samples_hang_together(make, data, tokenizers):
             rows, first = batch["image_index"][row, 0], IMAGE_TOKENS if edit_type == "remove" else 0
             assert rows[rows >= 0].tolist() == list(range(first, 2 * IMAGE_TOKENS))
             if edit_type == "remove":
-                assert caption == "a plain background" and f"is there a {source.kind} in the image" in question
+                assert caption == "a plain background"
+                assert f"is there a {source.kind} or another shape in the image" in question
                 continue
             assert instruction.replace(" .", "") in question
             color = next(word for word in easyvqa.COLORS if word in caption)
