@@ -28,7 +28,7 @@ SCORER = {
     },
     "llm_config": {
         "model_type": "qwen2",
-        "vocab_size": 69,
+        "vocab_size": 71,
         "hidden_size": 32,
         "intermediate_size": 40,
         "num_hidden_layers": 1,
