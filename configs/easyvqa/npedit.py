@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
             temperature_start=0.1,
             temperature_end=1.0,
             temperature_steps=120,
+            scorer_clip=True,
             scorer_noise=0.05,
             ema=0.97,
             skip_norm=300.0,

@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from npedit_jax.objectives import feedback, flow, matching, unroll
 from npedit_jax.training import state as states
 from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step, to_pixels
+
+PROBES = ("dmd", "scorer")
+INSIDE = 1.0 - 1e-4
 
 Text = tuple[jax.Array, jax.Array]  # hidden states [B, L, D], mask [B, L]
 
@@ -38,6 +42,7 @@ class EditSettings:
     temperature_start: float = 0.1
     temperature_end: float = 1.0
     temperature_steps: int = 2000
+    scorer_clip: bool = False  # pixels beyond [-1, 1] are clipped for the scorer, yet keep their gradient
     scorer_noise: float = 0.0  # standard deviation of the noise on the pixels that the scorer sees, in [-1, 1] units
     ema: float = 0.999
     skip_norm: float = 300.0
@@ -156,13 +161,16 @@ def student_loss(
     settings: EditSettings,
     *,
     two_steps: bool,
+    probes: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The student's total loss and its parts, each a mean over the batch.
 
+    `probes` are zeros like x0, added to what DMD and the scorer see: their gradients are those of each loss in x0.
     `batch["weight"]` leaves out records that could not be read; loss weights per sample come with the batch.
     """
     student_draws, draws = draws
     x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
+    probes = probes or {name: 0.0 for name in PROBES}
     weight = batch["weight"]
     identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
     losses = settings.identity_weight * batch["identity_weight"] * identity
@@ -171,11 +179,13 @@ def student_loss(
         real_x0, fake_x0 = scores(
             modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given, batch["guidance"], draws
         )
-        dmd = matching.matching_loss(x0, real_x0, fake_x0, normalizer=settings.dmd_normalizer)
+        dmd = matching.matching_loss(x0 + probes["dmd"], real_x0, fake_x0, normalizer=settings.dmd_normalizer)
         losses += settings.dmd_weight * batch["dmd_weight"] * dmd
         metrics["loss/dmd"] = average(dmd, weight)
     if settings.scorer_weight:
-        scorer, scorer_metrics = scorer_loss(modules, frozen, x0, batch, given, draws.pixel_rng, step, settings)
+        scorer, scorer_metrics = scorer_loss(
+            modules, frozen, x0 + probes["scorer"], batch, given, draws.pixel_rng, step, settings
+        )
         losses += settings.scorer_weight * scorer
         metrics |= scorer_metrics
     total = average(losses, weight)
@@ -201,6 +211,10 @@ def scorer_loss(
     decoded = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, x0, method="decode")
     if settings.scorer_noise:
         decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
+    if settings.scorer_clip:
+        # A saturated colour often decodes beyond the range, where the scorer's own clip would stop its gradient; its
+        # clip passes only half of a gradient on the bound itself.
+        decoded += jax.lax.stop_gradient(jnp.clip(decoded, -INSIDE, INSIDE) - decoded)
     output = answers(modules, frozen["scorer"], given.pixels, decoded, batch)
     scale = feedback.temperature(step, settings.temperature_start, settings.temperature_end, settings.temperature_steps)
     wanted, weight_BQ = batch["answer"], batch["question_weight"]
@@ -263,13 +277,19 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
         draws = _draw(rng, given.reference.shape, settings, low=settings.dmd_low, high=settings.dmd_high)
 
         def gradient(student, fake, *, two_steps):
-            return jax.value_and_grad(student_loss, has_aux=True)(
-                student, fake, frozen, modules, batch, given, draws, state.step, settings, two_steps=two_steps
-            )
+            def loss(student, probes):
+                rest = (fake, frozen, modules, batch, given, draws, state.step, settings)
+                return student_loss(student, *rest, two_steps=two_steps, probes=probes)
 
-        (_, metrics), gradients = _by_length(two_steps, gradient, state.params["student"], state.params["fake_score"])
+            probes = {name: jnp.zeros_like(given.reference) for name in PROBES}
+            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(student, probes)
+
+        (_, metrics), (gradients, probes) = _by_length(
+            two_steps, gradient, state.params["student"], state.params["fake_score"]
+        )
         state, update = apply(state, "student", gradients)
-        return state, metrics | update
+        balance = {f"gradient_at_x0/{name}": optax.global_norm(probes[name]) for name in PROBES}
+        return state, metrics | update | balance
 
     def step(state, frozen, batches, rng):
         length_rng, rng = jax.random.split(rng)

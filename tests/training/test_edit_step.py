@@ -251,3 +251,23 @@ def test_two_steps_are_drawn_in_three_of_four_outer_steps():
     drawn = [bool(edit_step.draw_two_steps(jax.random.key(i), SETTINGS)) for i in range(400)]
     assert abs(np.mean(drawn) - 0.75) < 0.07
     assert not edit_step.draw_two_steps(jax.random.key(0), dataclasses.replace(SETTINGS, max_unroll=1))
+
+
+def test_clip_for_the_scorer_keeps_the_gradient_of_pixels_out_of_range():
+    run = case("u1")
+    modules, params = networks()
+    decoder = params["autoencoder"]["decoder"]
+    loud = jax.tree.map(lambda x: 5.0 * x, decoder["conv_out"])  # decodes far beyond [-1, 1]
+    params = params | {"autoencoder": params["autoencoder"] | {"decoder": decoder | {"conv_out": loud}}}
+
+    def gradient(settings):
+        loss = lambda x: edit_step.scorer_loss(  # noqa: E731
+            modules, params, x, run.batch, run.given, None, run.step, settings
+        )[0].sum()
+        return jax.jit(jax.value_and_grad(loss))(run.given.reference)
+
+    (plain, stopped), (clipped, kept) = (
+        gradient(dataclasses.replace(SETTINGS, scorer_clip=clip)) for clip in (False, True)
+    )
+    np.testing.assert_allclose(clipped, plain, rtol=1e-3)
+    assert jnp.linalg.norm(kept) > 1.2 * jnp.linalg.norm(stopped)

@@ -142,6 +142,7 @@ def test_both_networks_move_and_the_pad_tokens_stay():
         assert all(value == 0.0 for path, value in moved.items() if "pad_token" in path)
         assert sum(value > 0 for value in moved.values()) > 0.8 * len(moved)
     assert {"loss", "loss/dmd", "loss/scorer", "loss/fake_score", "scorer/edit", "unroll"} <= metrics.keys()
+    assert metrics["gradient_at_x0/dmd"] > 0 and metrics["gradient_at_x0/scorer"] > 0
     assert all(np.isfinite(value) for value in jax.tree.leaves(metrics))
 
 
