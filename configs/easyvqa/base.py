@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "base"
     config.seed = 0
-    config.steps = 3500
-    config.batch_size = 32
+    config.steps = 6000
+    config.batch_size = 16
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
@@ -59,22 +59,22 @@ def get_config() -> ConfigDict:
             options=dict(caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.3),
         )
     )
-    config.step = ConfigDict(dict(ema=0.99, skip_norm=1000.0, time_shift=3.0, weighting="uniform", endpoint=0.0))
+    config.step = ConfigDict(dict(ema=0.995, skip_norm=1000.0, time_shift=3.0, weighting="time", endpoint=0.0))
+    rates = dict(denoiser=6e-3, text_encoder=3e-3)
     muon = dict(
         name="muon",
-        learning_rate=1.5e-3,
-        final_learning_rate=5e-5,
-        warmup_steps=100,
+        final_learning_rate=1e-4,
+        warmup_steps=50,
         b1=0.95,
         b2=0.99,
         weight_decay=0.0,
         clip_norm=5.0,
     )
-    config.optimizer = ConfigDict(dict(denoiser=muon, text_encoder=muon))
+    config.optimizer = ConfigDict({name: dict(muon, learning_rate=rate) for name, rate in rates.items()})
     config.sampling = ConfigDict(dict(steps=12, time_shift=3.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-    config.checkpoint = ConfigDict(dict(every=250, keep=2))
-    config.log = ConfigDict(dict(every=20, preview_every=500))
+    config.checkpoint = ConfigDict(dict(every=500, keep=2))
+    config.log = ConfigDict(dict(every=20, preview_every=1000))
     return config
 
 

@@ -57,6 +57,18 @@ def logit_normal_weight(t_B: jax.Array) -> jax.Array:
     return jnp.exp(-0.5 * jnp.square(logit)) / (jnp.sqrt(2.0 * jnp.pi) * t * (1.0 - t))
 
 
+def time_weight(t_B: jax.Array) -> jax.Array:
+    """Loss weight `t`: half way between the velocity's error (weight 1) and that of x0, which is `t` times as large.
+
+    A network that predicts x0 otherwise spends its first thousands of steps on times near 0, where it only has to copy
+    its input, before it learns what the caption says.
+    """
+    return t_B
+
+
+LOSS_WEIGHTS = {"uniform": jnp.ones_like, "logit_normal": logit_normal_weight, "time": time_weight}
+
+
 def velocity_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
     """Flow matching loss [B]: mean square distance to `noise - x0` over all axes but the batch, float32."""
     error = velocity.astype(jnp.float32) - (noise - x0)

@@ -89,17 +89,18 @@ def flow_loss(
 
     Args:
       text: hidden states [B, L, D] and their mask [B, L].
-      weighting: "uniform" or "logit_normal" weights over time.
+      weighting: of the loss over time, a name of `flow.LOSS_WEIGHTS`.
       endpoint: share of samples trained at t = 1, where the few-step sampler starts.
     """
+    if weighting not in flow.LOSS_WEIGHTS:
+        raise ValueError(f"unknown weighting {weighting!r}; choose one of {list(flow.LOSS_WEIGHTS)}")
     time_rng, end_rng, noise_rng = jax.random.split(rng, 3)
     t = flow.uniform_times(time_rng, latents.shape[0], shift=time_shift)
     if endpoint:
         t = flow.with_endpoint(end_rng, t, endpoint)
     noise = jax.random.normal(noise_rng, latents.shape)
     velocity = denoiser.apply({"params": params}, flow.add_noise(latents, noise, t), t, *text, reference)
-    loss = flow.velocity_loss(velocity, latents, noise)
-    return loss * flow.logit_normal_weight(t) if weighting == "logit_normal" else loss
+    return flow.velocity_loss(velocity, latents, noise) * flow.LOSS_WEIGHTS[weighting](t)
 
 
 def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, **flow_settings: Any) -> Step:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from torch_parity import FORWARD, assert_gradients, count, fill, randomise, relative, to_flax
+from tests.models.torch_parity import FORWARD, assert_gradients, count, fill, randomise, relative, to_flax
 
 from npedit_jax import weights
 from npedit_jax.models.language import Decoder, TextEncoder, causal_mask, token_positions

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from torch_parity import FORWARD, GRADIENT, assert_gradients, count, fill, randomise, relative, to_flax
+from tests.models.torch_parity import FORWARD, GRADIENT, assert_gradients, count, fill, randomise, relative, to_flax
 
 from npedit_jax import weights
 from npedit_jax.models import any_resolution, image_preparation
