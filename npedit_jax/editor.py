@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -18,8 +17,8 @@ from PIL import Image, ImageOps
 
 from npedit_jax import export, sampling
 from npedit_jax.data.tokenize import TextTokenizer
+from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import networks, workdirs
-from npedit_jax.training.steps import to_pixels
 
 NETWORKS = ("autoencoder", "text_encoder", "student")
 SEEDS = 2**32  # a seed is the 32 bits that make a key
@@ -132,8 +131,7 @@ class Editor:
         text = sampling.encode_text(self._modules, params, ids, mask)
         rngs = jax.vmap(jax.random.key)(seeds)
         latents = sampling.edit(self._modules["student"], params["student"], reference, text, rngs, **self._settings)
-        pixels = autoencoder.apply(variables, latents, method="decode")
-        return jnp.rint((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+        return to_uint8(autoencoder.apply(variables, latents, method="decode"))
 
     def _check_size(self, width: int, height: int) -> None:
         student = self._modules["student"]

@@ -7,10 +7,15 @@ import argparse
 import sys
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from npedit_jax import weights
-from npedit_jax.training import networks, telemetry, workdirs
+from npedit_jax.data import easyvqa
+from npedit_jax.models.autoencoder import Autoencoder
+from npedit_jax.pixels import to_pixels
+from npedit_jax.training import networks, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 
 # The folder that each network has in a diffusers pipeline.
@@ -49,7 +54,7 @@ def export(run: epath.PathLike, output: epath.PathLike, *, raw: bool, dtype: str
     written = []
     for name, (module, params) in trained_networks(run, raw=raw).items():
         if name == "autoencoder":
-            module = _normalised(module, run)
+            module = normalised(module, params)
         folder = epath.Path(output) / FOLDERS[name]
         weights.save(config.networks[name].kind, module, params, folder, dtype=dtype)
         tokenizer = {"text_encoder": "text_tokenizer", "scorer": "scorer_tokenizer"}.get(name)
@@ -59,10 +64,13 @@ def export(run: epath.PathLike, output: epath.PathLike, *, raw: bool, dtype: str
     return written
 
 
-def _normalised(module: Any, run: epath.PathLike) -> Any:
-    """The autoencoder with the shift and scale that make its latents of mean 0 and deviation 1, as the run measured."""
-    last = telemetry.read_metrics(run)[-1]
-    return module.clone(shift_factor=round(last["latent_mean"], 4), scaling_factor=round(1 / last["latent_std"], 4))
+def normalised(module: Autoencoder, params: Any, images: int = 512, batch: int = 64) -> Autoencoder:
+    """The autoencoder with the shift and scale that give the latents of training images mean 0 and deviation 1."""
+    encode = jax.jit(lambda x: module.apply({"params": params}, to_pixels(x), method="encode_moments")[0])
+    pictures = easyvqa.load("train").images[:images]
+    means = np.concatenate([encode(pictures[start : start + batch]) for start in range(0, images, batch)])
+    shift, scale = float(means.mean()), 1.0 / float(means.std())
+    return module.clone(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
 
 
 def main() -> None:

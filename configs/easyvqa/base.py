@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "base"
     config.seed = 0
-    config.steps = 6000
+    config.steps = 4000
     config.batch_size = 16
     config.cpu_devices = 1
 

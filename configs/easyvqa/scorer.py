@@ -71,8 +71,8 @@ def get_config() -> ConfigDict:
         dict(
             scorer=dict(
                 name="muon",
-                learning_rate=1e-3,
-                final_learning_rate=2e-5,
+                learning_rate=4e-3,
+                final_learning_rate=5e-5,
                 warmup_steps=100,
                 b1=0.95,
                 b2=0.99,

@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "warmup"
     config.seed = 0
-    config.steps = 1200
-    config.batch_size = 24
+    config.steps = 1000
+    config.batch_size = 16
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
@@ -27,13 +27,13 @@ def get_config() -> ConfigDict:
         )
     )
     # Copying matters most at pure noise, where the few-step editor starts.
-    config.step = ConfigDict(dict(ema=0.98, skip_norm=1000.0, time_shift=3.0, weighting="uniform", endpoint=0.3))
+    config.step = ConfigDict(dict(ema=0.98, skip_norm=1000.0, time_shift=3.0, weighting="time", endpoint=0.3))
     config.optimizer = ConfigDict(
         dict(
             student=dict(
                 name="muon",
-                learning_rate=1e-3,
-                final_learning_rate=5e-5,
+                learning_rate=4e-3,
+                final_learning_rate=1e-4,
                 warmup_steps=50,
                 b1=0.95,
                 b2=0.99,

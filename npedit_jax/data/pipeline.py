@@ -280,25 +280,32 @@ class QuestionCache(dict):
 
 
 class Interleave(grain.transforms.DatasetSelectionMap):
-    """Which stream, and which of its samples, stands at each place: exact shares, spread as evenly as they go.
+    """Which stream, and which of its samples, stands at each place: exact shares over every period.
 
-    Shares are rounded to thousandths; the order of the streams repeats after at most about a thousand samples.
+    Shares are rounded to thousandths, so a period has at most about a thousand places. Each period has an order of its
+    own: in a fixed one, the same part of every step's batch could miss a stream for ever.
     """
 
-    def __init__(self, weights: Sequence[float]):
+    def __init__(self, weights: Sequence[float], seed: int):
         shares = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
-        counts = [share // math.gcd(*shares) for share in shares]
-        places = [((rank + 0.5) / count, stream, rank) for stream, count in enumerate(counts) for rank in range(count)]
-        self._order = [(stream, rank) for _, stream, rank in sorted(places)]
-        self._counts = counts
+        self._counts = [share // math.gcd(*shares) for share in shares]
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=16)(self._draw_order)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        period, place = divmod(index, len(self._order))
-        stream, rank = self._order[place]
+        period, place = divmod(index, sum(self._counts))
+        stream, rank = self._order(period)[place]
         return stream, period * self._counts[stream] + rank
+
+    def _draw_order(self, period: int) -> list[tuple[int, int]]:
+        """(stream, rank within the period's samples of that stream) at each place of a period."""
+        streams = np.repeat(np.arange(len(self._counts)), self._counts)
+        streams = np.random.default_rng([self._seed, period]).permutation(streams).tolist()
+        ranks = [iter(range(count)) for count in self._counts]
+        return [(stream, next(ranks[stream])) for stream in streams]
 
 
 def _batches(streams: Mapping[str, tuple[float, Draw]], images: int, feed: Feed) -> grain.MapDataset:
@@ -310,7 +317,8 @@ def _batches(streams: Mapping[str, tuple[float, Draw]], images: int, feed: Feed)
         grain.MapDataset.range(images).seed(_stream_seed(feed.seed, name)).shuffle().repeat().random_map(draw)
         for name, (_, draw) in streams.items()
     ]
-    mixed = grain.MapDataset.select_from_datasets(parts, Interleave([weight for weight, _ in streams.values()]))
+    order = Interleave([weight for weight, _ in streams.values()], feed.seed)
+    mixed = grain.MapDataset.select_from_datasets(parts, order)
     number, hosts = feed.host
     inner = max(1, feed.inner_batches)
     leading = (inner, feed.batch_size) if feed.inner_batches else (feed.batch_size,)

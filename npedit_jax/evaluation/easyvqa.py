@@ -16,7 +16,7 @@ from npedit_jax.data import easyvqa, questions
 from npedit_jax.data.tokenize import ScorerTokenizer
 from npedit_jax.evaluation import easyvqa_judge
 from npedit_jax.objectives import feedback
-from npedit_jax.training.steps import to_pixels
+from npedit_jax.pixels import to_pixels
 
 KEPT_LIMIT = 8.0  # kept error up to which an edit that is done also counts as having left the rest alone
 

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow, matching, unroll
+from npedit_jax.pixels import to_pixels
+from npedit_jax.sampling import Text, encode_text
 from npedit_jax.training import state as states
-from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step, to_pixels
+from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step
 
 PROBES = ("dmd", "scorer")
 INSIDE = 1.0 - 1e-4
-
-Text = tuple[jax.Array, jax.Array]  # hidden states [B, L, D], mask [B, L]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +91,12 @@ def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
     return jax.random.uniform(rng) >= 1.0 / len(settings.times)
 
 
-def encode_text(modules: Modules, params: Params, ids: jax.Array, mask: jax.Array) -> Text:
-    """Runs the text encoder; the mask goes along."""
-    return modules["text_encoder"].apply({"params": params}, ids, mask), mask
-
-
 def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> Conditions:
     """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
     pixels = to_pixels(batch["reference"])
     reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
     texts = (
-        encode_text(modules, frozen["text_encoder"], batch[f"{kind}_ids"], batch[f"{kind}_mask"])
+        encode_text(modules, frozen, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
         for kind in ("instruction", "caption", "negative")
     )
     return jax.lax.stop_gradient(Conditions(pixels, reference, *texts))
@@ -138,7 +134,7 @@ def scores(
     return real_x0, flow.clean_from_velocity(x_t, fake_velocity, t)
 
 
-def answers(modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch) -> Any:
+def answers(modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch) -> ScorerOutput:
     """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only."""
     scorer, variables = modules["scorer"], {"params": params}
     first = jax.lax.stop_gradient(scorer.apply(variables, reference[:, None], method="encode_images"))
@@ -168,7 +164,7 @@ def student_loss(
     `probes` are zeros like x0, added to what DMD and the scorer see: their gradients are those of each loss in x0.
     `batch["weight"]` leaves out records that could not be read; loss weights per sample come with the batch.
     """
-    student_draws, draws = draws
+    student_draws, loss_draws = draws
     x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
     probes = probes or {name: 0.0 for name in PROBES}
     weight = batch["weight"]
@@ -177,14 +173,14 @@ def student_loss(
     metrics = {"loss/identity": average(identity, weight * batch["identity_weight"])}
     if settings.dmd_weight:
         real_x0, fake_x0 = scores(
-            modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given, batch["guidance"], draws
+            modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given, batch["guidance"], loss_draws
         )
         dmd = matching.matching_loss(x0 + probes["dmd"], real_x0, fake_x0, normalizer=settings.dmd_normalizer)
         losses += settings.dmd_weight * batch["dmd_weight"] * dmd
         metrics["loss/dmd"] = average(dmd, weight)
     if settings.scorer_weight:
         scorer, scorer_metrics = scorer_loss(
-            modules, frozen, x0 + probes["scorer"], batch, given, draws.pixel_rng, step, settings
+            modules, frozen, x0 + probes["scorer"], batch, given, loss_draws.pixel_rng, step, settings
         )
         losses += settings.scorer_weight * scorer
         metrics |= scorer_metrics
@@ -242,11 +238,11 @@ def fake_score_loss(
     two_steps: bool,
 ) -> jax.Array:
     """Flow matching of the fake score on a fresh sample of the student (arXiv 2405.14867, section 4.2)."""
-    student_draws, draws = draws
+    student_draws, loss_draws = draws
     x0 = jax.lax.stop_gradient(edit(modules, student, given, student_draws, two_steps=two_steps))
-    x_t = flow.add_noise(x0, draws.noise, draws.time)
-    velocity = modules["fake_score"].apply({"params": fake}, x_t, draws.time, *given.caption)
-    return average(flow.velocity_loss(velocity, x0, draws.noise), batch["weight"])
+    x_t = flow.add_noise(x0, loss_draws.noise, loss_draws.time)
+    velocity = modules["fake_score"].apply({"params": fake}, x_t, loss_draws.time, *given.caption)
+    return average(flow.velocity_loss(velocity, x0, loss_draws.noise), batch["weight"])
 
 
 def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
@@ -312,7 +308,7 @@ def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
 def _draw(
     rng: jax.Array, shape: tuple[int, ...], settings: EditSettings, *, low: float, high: float
 ) -> tuple[StudentDraws, LossDraws]:
-    """All draws of one update; the score networks' times lie in [low, high)."""
+    """All draws of one update; the score networks' times are drawn from [low, high), then shifted."""
     student_rng, time_rng, noise_rng, pixel_rng = jax.random.split(rng, 4)
     time = flow.uniform_times(time_rng, shape[0], low, high, settings.time_shift)
     losses = LossDraws(time, jax.random.normal(noise_rng, shape), pixel_rng)

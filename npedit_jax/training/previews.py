@@ -10,16 +10,11 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax import sampling
+from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import stages
 from npedit_jax.training.state import TrainState
-from npedit_jax.training.steps import to_pixels
 
 COLUMNS = 8
-
-
-def to_uint8(pixels: Any) -> np.ndarray:
-    """Float pixels in [-1, 1], clipped, as uint8."""
-    return np.asarray(np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5), np.uint8)
 
 
 def grid(rows: list[np.ndarray], gap: int = 2) -> Image.Image:
@@ -52,7 +47,7 @@ class Previews:
         rows = self._make({**frozen, **state.ema}, self._batch, jax.random.key(0))
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"step-{step:07d}.png").open("wb") as file:
-            grid([to_uint8(row) for row in rows]).save(file, format="PNG")
+            grid([np.asarray(to_uint8(row)) for row in rows]).save(file, format="PNG")
 
 
 def first_batch(stage: stages.Stage) -> dict[str, np.ndarray]:

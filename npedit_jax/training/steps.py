@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from npedit_jax.objectives import feedback, flow
+from npedit_jax.pixels import to_pixels
 from npedit_jax.training import state as states
 
 Params = Any
@@ -20,11 +21,6 @@ Metrics = dict[str, jax.Array]
 Modules = Mapping[str, nn.Module]
 Rules = Mapping[str, optax.GradientTransformation]
 Step = Callable[[states.TrainState, Mapping[str, Params], Batch, jax.Array], tuple[states.TrainState, Metrics]]
-
-
-def to_pixels(image: jax.Array) -> jax.Array:
-    """uint8 images to float32 in [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _train(

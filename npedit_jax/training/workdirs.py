@@ -1,5 +1,6 @@
 """A run's working directory: its resolved config, and the refusal to mix two runs."""
 
+import fnmatch
 import json
 from typing import Any
 
@@ -8,8 +9,8 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-# Fields that may differ between the sessions of one run: they change how it runs, not what comes out.
-FREE_FIELDS = ("mesh", "checkpoint", "log", "cpu_devices")
+# Fields that may differ between the sessions of one run: they change how it runs, and what comes out only by rounding.
+FREE_FIELDS = ("mesh.*", "checkpoint.*", "log.*", "cpu_devices", "networks.*.options.remat")
 
 
 class WorkdirError(ValueError):
@@ -46,7 +47,7 @@ def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
         except json.JSONDecodeError as error:
             raise WorkdirError(f"{path} is damaged ({error}); take another --workdir, or mend it") from error
         different = differences(old, new)
-        binding = [line for name, line in different if name.split(".")[0] not in FREE_FIELDS]
+        binding = [line for name, line in different if not any(fnmatch.fnmatch(name, free) for free in FREE_FIELDS)]
         if binding:
             raise WorkdirError(
                 f"{workdir} holds a run with another config: {'; '.join(binding)}. "

@@ -9,12 +9,12 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from tests.models.torch_parity import FORWARD, assert_gradients, count, fill, randomise, relative, to_flax
 
 from npedit_jax import weights
 from npedit_jax.models.language import Decoder, TextEncoder, causal_mask, token_positions
 from npedit_jax.weights import qwen3
 from npedit_jax.weights.language import build_decoder, decoder_rows, describe_decoder
+from tests.models.torch_parity import FORWARD, assert_gradients, count, fill, randomise, relative, to_flax
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "C"
 SMALL = {"vocabulary": 31, "width": 16, "layers": 3, "heads": 4, "kv_heads": 2, "head_width": 8, "mlp_width": 24}

@@ -10,12 +10,12 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from tests.models.torch_parity import FORWARD, GRADIENT, assert_gradients, count, fill, randomise, relative, to_flax
 
 from npedit_jax import weights
 from npedit_jax.models import any_resolution, image_preparation
 from npedit_jax.models.scorer import NewlineProjector, Scorer, ShuffleProjector
 from npedit_jax.weights import internvl, llava_onevision
+from tests.models.torch_parity import FORWARD, GRADIENT, assert_gradients, count, fill, randomise, relative, to_flax
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PLACEHOLDER, NO, YES = 288, 256, 258

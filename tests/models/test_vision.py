@@ -9,13 +9,13 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from tests.models.torch_parity import FORWARD, assert_gradients, count, fill, randomise, relative, to_flax
 
 from npedit_jax import weights
 from npedit_jax.models.vision import VisionTransformer, resize_positions
 from npedit_jax.weights import internvl, llava_onevision
 from npedit_jax.weights.table import Row
 from npedit_jax.weights.vision import layer_rows
+from tests.models.torch_parity import FORWARD, assert_gradients, count, fill, randomise, relative, to_flax
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "D"
 

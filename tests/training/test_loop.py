@@ -6,50 +6,9 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from ml_collections import ConfigDict
 
 from npedit_jax.training import loop, previews, stages, telemetry, workdirs
-
-
-def _config(steps: int = 6) -> ConfigDict:
-    adam = dict(
-        name="adam",
-        learning_rate=1e-2,
-        final_learning_rate=1e-3,
-        warmup_steps=2,
-        b1=0.9,
-        b2=0.99,
-        weight_decay=0.0,
-        clip_norm=1.0,
-    )
-    architecture = dict(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=2,
-        norm_num_groups=2,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    network = dict(kind="autoencoder", directory="", architecture=architecture, options={})
-    return ConfigDict(
-        dict(
-            stage="autoencoder",
-            seed=0,
-            steps=steps,
-            batch_size=2,
-            cpu_devices=1,
-            networks=dict(autoencoder=network),
-            data=dict(options=dict(plain_share=0.1, redraw=0.5)),
-            step=dict(ema=0.9, skip_norm=100.0, kl_weight=1e-4),
-            optimizer=dict(autoencoder=adam),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
-            checkpoint=dict(every=2, keep=2),
-            log=dict(every=1, preview_every=3),
-        )
-    )
+from tests.training.tiny import autoencoder_config
 
 
 def _rows(workdir) -> list[dict[str, float]]:
@@ -62,7 +21,7 @@ class Interrupted(Exception):
 
 
 def _run(workdir, stop_at: int | None = None):
-    config = _config()
+    config = autoencoder_config()
     workdirs.open_run(workdir, config)
 
     def stop(stage, state, frozen, step):
@@ -110,34 +69,39 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
 def test_finished_run_has_nothing_left_to_do(whole):
     workdir, state = whole
     before = (workdir / "metrics.jsonl").read_text()
-    again = loop.run(_config(), stages.build(_config()), workdir)
+    again = loop.run(autoencoder_config(), stages.build(autoencoder_config()), workdir)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
 def test_workdir_of_another_experiment_is_refused_with_the_fields(tmp_path):
-    workdirs.open_run(tmp_path / "run", _config())
-    other = _config(steps=7)
+    workdirs.open_run(tmp_path / "run", autoencoder_config())
+    other = autoencoder_config(steps=7)
     other.batch_size = 4
     with pytest.raises(workdirs.WorkdirError, match="batch_size is 2 there and 4 here; steps is 6 there and 7 here"):
         workdirs.open_run(tmp_path / "run", other)
 
 
 def test_fields_that_do_not_change_the_result_may_differ(tmp_path):
-    workdirs.open_run(tmp_path / "run", _config())
-    other = _config()
+    workdirs.open_run(tmp_path / "run", autoencoder_config())
+    other = autoencoder_config()
     other.checkpoint.every = 3
+    other.networks.autoencoder.options.remat = "full"
     workdirs.open_run(tmp_path / "run", other)
-    assert workdirs.read_config(tmp_path / "run").checkpoint.every == 3
+    assert workdirs.readautoencoder_config(tmp_path / "run").checkpoint.every == 3
+    with other.unlocked():
+        other.networks.autoencoder.options.slice_batch = True
+    with pytest.raises(workdirs.WorkdirError, match="slice_batch"):
+        workdirs.open_run(tmp_path / "run", other)
 
 
 def test_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(workdirs.WorkdirError, match="holds no run"):
-        workdirs.open_run(tmp_path, _config())
+        workdirs.open_run(tmp_path, autoencoder_config())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(workdirs.WorkdirError, match="is no run"):
-        workdirs.read_config(epath.Path(tmp_path))
+        workdirs.readautoencoder_config(epath.Path(tmp_path))
 
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
