@@ -88,7 +88,7 @@ def test_fields_that_do_not_change_the_result_may_differ(tmp_path):
     other.checkpoint.every = 3
     other.networks.autoencoder.options.remat = "full"
     workdirs.open_run(tmp_path / "run", other)
-    assert workdirs.readautoencoder_config(tmp_path / "run").checkpoint.every == 3
+    assert workdirs.read_config(tmp_path / "run").checkpoint.every == 3
     with other.unlocked():
         other.networks.autoencoder.options.slice_batch = True
     with pytest.raises(workdirs.WorkdirError, match="slice_batch"):
@@ -101,7 +101,7 @@ def test_directory_with_other_files_is_refused(tmp_path):
         workdirs.open_run(tmp_path, autoencoder_config())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(workdirs.WorkdirError, match="is no run"):
-        workdirs.readautoencoder_config(epath.Path(tmp_path))
+        workdirs.read_config(epath.Path(tmp_path))
 
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
