@@ -1,18 +1,9 @@
-"""What each stage trains on: Grain datasets of ready batches, whose order is a pure function of the seed.
+"""What each stage trains on: its batches, by the stage's name.
 
-A `grain.MapDataset` of batches holds batch k under index k, however it is reached. Images go through each stream in an
-order shuffled anew every epoch; streams (one per edit type, say) are interleaved in exact proportions; everything that
-is drawn for a sample comes from the seed, the stream and the sample's place in it.
-
-Shapes: B batch, H height, W width, L text tokens, Q questions per sample, S tokens of a question's prompt, T inner
-batches.
+Shapes: B batch, H height, W width, L text tokens, Q questions per sample, S tokens of a question's prompt.
 """
 
-import dataclasses
 import functools
-import math
-import sys
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,28 +12,10 @@ import numpy as np
 
 from npedit_jax.data import easyvqa, easyvqa_edits
 from npedit_jax.data import questions as questions_lib
-from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer, TextTokenizer
+from npedit_jax.data.batches import Draw, Feed, QuestionCache, Sample, TextCache, batches
+from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 
-Sample = dict[str, Any]
-Draw = Callable[[int, np.random.Generator], Sample]  # (image number, rng) -> one sample
 Pairs = Callable[[int, np.random.Generator], Any]  # (image number, rng) -> images and questions about them
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """How samples become batches.
-
-    Attributes:
-      seed: of the order and of everything drawn.
-      batch_size: samples in a batch of this host, B.
-      host: this host's number and the number of hosts; together they consume one global order.
-      inner_batches: T: batches are [T, B, ...]; 0 for plain batches [B, ...].
-    """
-
-    seed: int
-    batch_size: int
-    host: tuple[int, int] = (0, 1)
-    inner_batches: int = 0
 
 
 def stage_dataset(
@@ -62,11 +35,6 @@ def stage_dataset(
     return STAGES[stage](data.fraction(fraction), feed, **options)
 
 
-def iterate(dataset: grain.MapDataset, *, threads: int = 1, buffer: int = 4) -> grain.DatasetIterator:
-    """Iterates from batch 0, `threads` preparing up to `buffer` batches ahead; has get_state and set_state."""
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
-
-
 def autoencoder(
     data: easyvqa.EasyVQA, feed: Feed, *, plain_share: float = 0.0, redraw: float = 0.0, flip: float = 0.0
 ) -> grain.MapDataset:
@@ -75,7 +43,7 @@ def autoencoder(
     def sample(draw, index, rng):
         return {"image": draw(data, index, rng)[0]}
 
-    return _batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
+    return batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
 
 
 def base(
@@ -107,7 +75,7 @@ def base(
         words = easyvqa.instruction_towards(shape, rng) if instructed else easyvqa.caption(shape, rng)
         return {"image": image} | captions.fields("caption", _drop(words, caption_dropout, rng))
 
-    return _batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
+    return batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
 
 
 def warmup(data: easyvqa.EasyVQA, feed: Feed, *, text: TextTokenizer, caption_dropout: float = 0.1) -> grain.MapDataset:
@@ -118,7 +86,7 @@ def warmup(data: easyvqa.EasyVQA, feed: Feed, *, text: TextTokenizer, caption_dr
         caption = _drop(easyvqa.caption(data.shapes[index], rng), caption_dropout, rng)
         return {"reference": data.images[index]} | captions.fields("caption", caption)
 
-    return _batches({"all": (1.0, sample)}, len(data), feed)
+    return batches({"all": (1.0, sample)}, len(data), feed)
 
 
 def npedit(
@@ -180,7 +148,7 @@ def npedit(
         key: np.broadcast_to(value, (*leading, *value.shape))
         for key, value in texts.fields("negative", negative_prompt).items()
     }
-    return _batches(streams, len(data), feed).map(lambda batch: batch | negative)
+    return batches(streams, len(data), feed).map(lambda batch: batch | negative)
 
 
 def scorer(
@@ -223,7 +191,28 @@ def scorer(
             "question_weight": np.array([1.0] * len(asked) + [0.0] * pad, np.float32),
         }
 
-    return _batches({"all": (1.0, sample)}, len(data), feed)
+    return batches({"all": (1.0, sample)}, len(data), feed)
+
+
+def supervised(
+    data: easyvqa.EasyVQA, feed: Feed, *, text: TextTokenizer, edit_weights: Mapping[str, float]
+) -> grain.MapDataset:
+    """Pairs made by pixel operations, for the upper bound that the editor's training is compared with.
+
+    {"reference", "target": uint8 [B, H, W, 3], "instruction_ids": int32 [B, L], "instruction_mask": bool [B, L]}.
+
+    Args:
+      edit_weights: share of each edit type, in any unit.
+    """
+    texts = TextCache(text)
+
+    def sample(edit_type, index, rng):
+        edit = easyvqa.draw_edit(rng, data.shapes[index], edit_type)
+        images = {"reference": data.images[index], "target": easyvqa_edits.apply(data.images[index], edit)}
+        return images | texts.fields("instruction", edit.instruction)
+
+    streams = {name: (weight, functools.partial(sample, name)) for name, weight in edit_weights.items()}
+    return batches(streams, len(data), feed)
 
 
 STAGES: Mapping[str, Callable[..., grain.MapDataset]] = {
@@ -232,108 +221,8 @@ STAGES: Mapping[str, Callable[..., grain.MapDataset]] = {
     "warmup": warmup,
     "npedit": npedit,
     "scorer": scorer,
+    "supervised": supervised,
 }
-
-
-class TextCache(dict):
-    """Tokens of texts, each tokenized once: text -> (ids int32 [L], mask bool [L])."""
-
-    def __init__(self, tokenizer: TextTokenizer):
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        ids, mask, cut = self._tokenizer([text])
-        if cut[0]:
-            raise ValueError(f"a text does not fit in {self._tokenizer.length} tokens, raise the text length: {text!r}")
-        self[text] = ids[0], mask[0]
-        return self[text]
-
-    def fields(self, name: str, text: str) -> Sample:
-        """The text's ids and mask under `name`_ids and `name`_mask."""
-        ids, mask = self[text]
-        return {f"{name}_ids": ids, f"{name}_mask": mask}
-
-
-class QuestionCache(dict):
-    """Prompts of questions, each tokenized once: (text, images) -> its row of QuestionTokens."""
-
-    def __init__(self, tokenizer: ScorerTokenizer):
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, key: tuple[str, tuple[int, ...]]) -> QuestionTokens:
-        text, images = key
-        tokens = self._tokenizer([questions_lib.Question("", text, images, 1.0)])
-        if tokens.cut[0]:
-            raise ValueError(
-                f"a question does not fit in {self._tokenizer.length} tokens, raise the question length: {text!r}"
-            )
-        self[key] = QuestionTokens(*(field[0] for field in tokens))
-        return self[key]
-
-    def fields(self, asked: Sequence[questions_lib.Question]) -> Sample:
-        """The prompts' ids, masks and image rows, each [Q, S]."""
-        rows = [self[question.text, question.images] for question in asked]
-        ids, mask, image_index, _ = (np.stack(field) for field in zip(*rows, strict=True))
-        return {"question_ids": ids, "question_mask": mask, "image_index": image_index}
-
-
-class Interleave(grain.transforms.DatasetSelectionMap):
-    """Which stream, and which of its samples, stands at each place: exact shares over every period.
-
-    Shares are rounded to thousandths, so a period has at most about a thousand places. Each period has an order of its
-    own: in a fixed one, the same part of every step's batch could miss a stream for ever.
-    """
-
-    def __init__(self, weights: Sequence[float], seed: int):
-        shares = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
-        self._counts = [share // math.gcd(*shares) for share in shares]
-        self._seed = seed
-        self._order = functools.lru_cache(maxsize=16)(self._draw_order)
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        period, place = divmod(index, sum(self._counts))
-        stream, rank = self._order(period)[place]
-        return stream, period * self._counts[stream] + rank
-
-    def _draw_order(self, period: int) -> list[tuple[int, int]]:
-        """(stream, rank within the period's samples of that stream) at each place of a period."""
-        streams = np.repeat(np.arange(len(self._counts)), self._counts)
-        streams = np.random.default_rng([self._seed, period]).permutation(streams).tolist()
-        ranks = [iter(range(count)) for count in self._counts]
-        return [(stream, next(ranks[stream])) for stream in streams]
-
-
-def _batches(streams: Mapping[str, tuple[float, Draw]], images: int, feed: Feed) -> grain.MapDataset:
-    """Batches from streams, name -> (weight, draw), each going through all images in an order of its own."""
-    streams = {name: stream for name, stream in sorted(streams.items()) if stream[0] > 0}
-    if not streams:
-        raise ValueError("no stream has a weight above 0; give at least one")
-    parts = [
-        grain.MapDataset.range(images).seed(_stream_seed(feed.seed, name)).shuffle().repeat().random_map(draw)
-        for name, (_, draw) in streams.items()
-    ]
-    order = Interleave([weight for weight, _ in streams.values()], feed.seed)
-    mixed = grain.MapDataset.select_from_datasets(parts, order)
-    number, hosts = feed.host
-    inner = max(1, feed.inner_batches)
-    leading = (inner, feed.batch_size) if feed.inner_batches else (feed.batch_size,)
-    stack = functools.partial(_stack, leading=leading)
-    return mixed[number::hosts].batch(inner * feed.batch_size, drop_remainder=True, batch_fn=stack)
-
-
-def _stack(samples: Sequence[Sample], leading: tuple[int, ...]) -> Sample:
-    stacked = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
-    return {key: value.reshape(*leading, *value.shape[1:]) for key, value in stacked.items()}
-
-
-def _stream_seed(seed: int, name: str) -> int:
-    """A seed of its own for each stream, so that streams do not go through the images in step."""
-    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
 def _picture_streams(

@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 
 from npedit_jax import parallel
-from npedit_jax.data import pipeline
+from npedit_jax.data.batches import iterate
 from npedit_jax.training import stages, state, telemetry
 from npedit_jax.training.checkpoint import Checkpoints
 
@@ -33,7 +33,7 @@ def run(
     mesh = parallel.make_mesh(**config.mesh.to_dict())
     train_state = parallel.put_replicated(state.create(stage.trained(), stage.rules, stage.averaged), mesh)
     frozen = parallel.put_replicated(stage.frozen(), mesh)
-    batches = pipeline.iterate(stage.dataset)
+    batches = iterate(stage.dataset)
 
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0

@@ -127,4 +127,4 @@ def _editor(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
     return rows
 
 
-PREVIEWS = {"autoencoder": _autoencoder, "base": _base, "warmup": _editor, "npedit": _editor}
+PREVIEWS = {"autoencoder": _autoencoder, "base": _base, "warmup": _editor, "npedit": _editor, "supervised": _editor}

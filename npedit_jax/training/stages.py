@@ -10,6 +10,7 @@ import ml_collections
 import optax
 
 from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
+from npedit_jax.data.batches import Feed
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.training import edit_step, networks, optimizer, steps
 from npedit_jax.training.networks import Network
@@ -56,6 +57,7 @@ def build(config: ml_collections.ConfigDict) -> Stage:
         "scorer": _scorer,
         "warmup": _warmup,
         "npedit": _npedit,
+        "supervised": _supervised,
     }
     if config.stage not in builders:
         raise ValueError(f"unknown stage {config.stage!r}; choose one of {tuple(builders)}")
@@ -80,12 +82,12 @@ def _modules(made: Mapping[str, Network]) -> dict[str, Any]:
     return {name: network.module for name, network in made.items()}
 
 
-def _feed(config: ml_collections.ConfigDict, inner_batches: int = 0) -> pipeline.Feed:
+def _feed(config: ml_collections.ConfigDict, inner_batches: int = 0) -> Feed:
     host = (jax.process_index(), jax.process_count())
-    return pipeline.Feed(config.seed, config.batch_size // host[1], host, inner_batches)
+    return Feed(config.seed, config.batch_size // host[1], host, inner_batches)
 
 
-def _dataset(config: ml_collections.ConfigDict, feed: pipeline.Feed, **extra: Any) -> grain.MapDataset:
+def _dataset(config: ml_collections.ConfigDict, feed: Feed, **extra: Any) -> grain.MapDataset:
     return pipeline.stage_dataset(config.stage, easyvqa.load("train"), feed, **config.data.options.to_dict(), **extra)
 
 
@@ -110,7 +112,17 @@ def _base(config: ml_collections.ConfigDict, made: Mapping[str, Network], rules:
 
 
 def _warmup(config: ml_collections.ConfigDict, made: Mapping[str, Network], rules: steps.Rules) -> Stage:
-    step = steps.warmup_step(_modules(made), rules, **config.step.to_dict())
+    return _student_flow(config, made, rules, target="reference", text="caption")
+
+
+def _supervised(config: ml_collections.ConfigDict, made: Mapping[str, Network], rules: steps.Rules) -> Stage:
+    return _student_flow(config, made, rules, target="target", text="instruction")
+
+
+def _student_flow(
+    config: ml_collections.ConfigDict, made: Mapping[str, Network], rules: steps.Rules, *, target: str, text: str
+) -> Stage:
+    step = steps.student_flow_step(_modules(made), rules, target=target, text=text, **config.step.to_dict())
     return Stage(made, rules, tuple(rules), step, _dataset(config, _feed(config), text=_text(config)))
 
 

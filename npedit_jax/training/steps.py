@@ -123,23 +123,31 @@ def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, *
     return _train(loss, rules, ema=ema, skip_norm=skip_norm)
 
 
-def warmup_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, **flow_settings: Any) -> Step:
-    """Teaches the student to copy its reference: flow matching whose target is the reference itself."""
+def student_flow_step(
+    modules: Modules, rules: Rules, *, target: str, text: str, ema: float, skip_norm: float, **flow_settings: Any
+) -> Step:
+    """Flow matching of the student on known targets.
+
+    Args:
+      target: the image to come to: "reference" teaches the student to copy (the warm-up), "target" needs pairs.
+      text: what the student is told: "caption" or "instruction".
+    """
 
     def loss(params, frozen, batch, rng):
-        latents = modules["autoencoder"].apply(
-            {"params": frozen["autoencoder"]}, to_pixels(batch["reference"]), method="encode"
-        )
-        text = modules["text_encoder"].apply(
-            {"params": frozen["text_encoder"]}, batch["caption_ids"], batch["caption_mask"]
+        variables = {"params": frozen["autoencoder"]}
+        encode = lambda name: modules["autoencoder"].apply(variables, to_pixels(batch[name]), method="encode")  # noqa: E731
+        reference = encode("reference")
+        latents = reference if target == "reference" else encode(target)
+        hidden = modules["text_encoder"].apply(
+            {"params": frozen["text_encoder"]}, batch[f"{text}_ids"], batch[f"{text}_mask"]
         )
         losses = flow_loss(
             modules["student"],
             params["student"],
             latents,
-            (text, batch["caption_mask"]),
+            (hidden, batch[f"{text}_mask"]),
             rng,
-            reference=latents,
+            reference=reference,
             **flow_settings,
         )
         return jnp.mean(losses), {"loss": jnp.mean(losses)}

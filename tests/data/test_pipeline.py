@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
-from npedit_jax.data import easyvqa, pipeline, questions, tokenize
-from npedit_jax.data.pipeline import Feed
+from npedit_jax.data import batches, easyvqa, easyvqa_edits, pipeline, questions, tokenize
+from npedit_jax.data.batches import Feed
 
 LENGTH, IMAGE_TOKENS, PROMPT = 16, 4, 64
 EDIT_WEIGHTS = {"recolor": 0.33, "remove": 0.33, "replace": 0.33, "nothing": 0.01}
@@ -55,6 +55,7 @@ def make(data, tokenizers):
             text=text, scorer=scorer, templates=questions.EASYVQA, edit_weights=EDIT_WEIGHTS, guidance=GUIDANCE
         ),
         "scorer": dict(tokenizer=scorer, templates=questions.EASYVQA, questions=3, pairs=pairs),
+        "supervised": dict(text=text, edit_weights=EDIT_WEIGHTS),
     }
 
     def build(stage, feed=None, **changes):
@@ -97,6 +98,7 @@ SPECS = {
         "negative_mask": ("bool", (1, L)),
     },
     "scorer": {"images": ("uint8", (B, 2, H, H, 3)), **ASKED(3), "answer": ("float32", (B, 3))},
+    "supervised": {**{name: ("uint8", (B, H, H, 3)) for name in ("reference", "target")}, **TEXT("instruction")},
 }
 
 
@@ -111,7 +113,7 @@ def test_keys_types_and_shapes(make, stage):
 def test_batch_is_the_same_however_reached(make, stage):
     once, again = make(stage), make(stage)
     again[7], again[3]
-    iterated = list(itertools.islice(pipeline.iterate(make(stage), threads=3), 6))
+    iterated = list(itertools.islice(batches.iterate(make(stage), threads=3), 6))
     for number in (5, 0, 3):
         assert same(once[number], again[number]) and same(once[number], iterated[number])
     assert not same(once[0], once[1])
@@ -120,12 +122,12 @@ def test_batch_is_the_same_however_reached(make, stage):
 
 @pytest.mark.parametrize("stage", ["base", "npedit"])
 def test_iterator_continues_from_its_state(make, stage):
-    whole = list(itertools.islice(pipeline.iterate(make(stage)), 9))
-    first = pipeline.iterate(make(stage), threads=2)
+    whole = list(itertools.islice(batches.iterate(make(stage)), 9))
+    first = batches.iterate(make(stage), threads=2)
     for _ in range(4):
         next(first)
     state = first.get_state()
-    second = pipeline.iterate(make(stage), threads=1, buffer=1)
+    second = batches.iterate(make(stage), threads=1, buffer=1)
     second.set_state(state)
     for batch in whole[4:]:
         assert same(next(second), batch)
@@ -289,7 +291,7 @@ def test_unknown_stage_and_short_texts(data, tokenizers, make):
 
 @pytest.mark.parametrize("weights", [(1.0,), (1, 1, 1), (0.9, 0.1), (3, 7), (1, 5000)])
 def test_interleave_visits_each_stream_in_order_with_its_share(weights):
-    interleave = pipeline.Interleave(weights, seed=3)
+    interleave = batches.Interleave(weights, seed=3)
     order = [interleave[index] for index in range(2000)]
     for stream, weight in enumerate(weights):
         own = [place for chosen, place in order if chosen == stream]
@@ -298,8 +300,15 @@ def test_interleave_visits_each_stream_in_order_with_its_share(weights):
 
 
 def test_interleave_gives_every_place_of_a_step_every_stream():
-    interleave = pipeline.Interleave((3, 1), seed=0)
+    interleave = batches.Interleave((3, 1), seed=0)
     for place in range(4):  # a step of 4 samples is one period long
         assert {interleave[4 * step + place][0] for step in range(100)} == {0, 1}
-    assert interleave[7] == pipeline.Interleave((3, 1), seed=0)[7]
-    assert [interleave[i] for i in range(40)] != [pipeline.Interleave((3, 1), seed=1)[i] for i in range(40)]
+    assert interleave[7] == batches.Interleave((3, 1), seed=0)[7]
+    assert [interleave[i] for i in range(40)] != [batches.Interleave((3, 1), seed=1)[i] for i in range(40)]
+
+
+def test_supervised_targets_are_the_edits_done_by_hand(make, data):
+    batch = make("supervised", edit_weights={"remove": 1.0})[0]
+    numbers = image_numbers(data, batch["reference"])
+    expected = np.stack([easyvqa_edits.remove(data.images[number]) for number in numbers])
+    np.testing.assert_array_equal(batch["target"], expected)

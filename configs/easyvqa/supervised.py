@@ -1,0 +1,56 @@
+"""The upper bound that the editor's training is compared with: the small student taught with pairs.
+
+Laptop: python -m npedit_jax.train --config configs/easyvqa/supervised.py --workdir runs/easyvqa-supervised
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the experiment."""
+    config = ConfigDict()
+    config.stage = "supervised"
+    config.seed = 0
+    config.steps = 1000
+    config.batch_size = 16
+    config.cpu_devices = 1
+
+    config.networks = ConfigDict()
+    config.networks.autoencoder = network("autoencoder", "package:pretrained/easyvqa/vae")
+    config.networks.student = network("zimage", "package:pretrained/easyvqa/warmup")
+    config.networks.text_encoder = network("qwen3", "package:pretrained/easyvqa/text_encoder")
+    config.data = ConfigDict(
+        dict(
+            text_tokenizer="package:pretrained/easyvqa/text_encoder",
+            text_length=16,  # tokens
+            options=dict(edit_weights=dict(recolor=0.3, remove=0.25, replace=0.4, nothing=0.05)),
+        )
+    )
+    # Pure noise counts most: there the few-step editor starts.
+    config.step = ConfigDict(dict(ema=0.98, skip_norm=1000.0, time_shift=3.0, weighting="time", endpoint=0.3))
+    config.optimizer = ConfigDict(
+        dict(
+            student=dict(
+                name="muon",
+                learning_rate=4e-3,
+                final_learning_rate=1e-4,
+                warmup_steps=50,
+                b1=0.95,
+                b2=0.99,
+                weight_decay=0.0,
+                clip_norm=5.0,
+            )
+        )
+    )
+    config.sampling = ConfigDict(dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.checkpoint = ConfigDict(dict(every=200, keep=2))
+    config.log = ConfigDict(dict(every=20, preview_every=300))
+    return config
+
+
+def network(kind: str, directory: str) -> ConfigDict:
+    """One network with the directory of its weights."""
+    # On a CPU, computing a block again is faster than reading what it left behind.
+    options = dict(remat="full") if kind == "zimage" else {}
+    return ConfigDict(dict(kind=kind, directory=directory, architecture={}, options=options))
