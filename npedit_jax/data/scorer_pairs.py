@@ -27,10 +27,14 @@ SAME, CHANGED = 2.0, 9.0
 
 @dataclasses.dataclass(frozen=True)
 class ScorerExample:
-    """Two images [H, W, 3] uint8, and questions about them as (kind, text, probability of Yes)."""
+    """Two images [H, W, 3] uint8, and questions about them as (kind, text, probability of Yes).
+
+    `edit_type` is that of the edit between them; "" where there is none.
+    """
 
     images: tuple[np.ndarray, np.ndarray]
     questions: tuple[tuple[str, str, float], ...]
+    edit_type: str = ""
 
 
 @dataclasses.dataclass
@@ -89,6 +93,7 @@ class PairSource:
         return ScorerExample(
             (reference, pixels),
             tuple((question.kind, question.text, answer) for question, answer in zip(asked, answers, strict=True)),
+            edit.edit_type,
         )
 
 

@@ -1,0 +1,185 @@
+"""The ablations of the paper's section 4.3 in small, on easy-VQA: `python benchmarks/easyvqa_ablations.py`.
+
+Every row is a run of `npedit_jax.train` with the same number of student updates at the same batch size, evaluated on
+the test images. Runs that are finished are skipped and a run that was stopped goes on where it was, so the script can be
+stopped at any time and started again. `--write` makes docs/ablations.md and its plot from the runs that are finished.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+ROOT = pathlib.Path(__file__).parents[1]
+EDITS = ("recolor", "remove", "replace", "nothing")
+PAGE, PLOT = ROOT / "docs" / "ablations.md", ROOT / "docs" / "ablations.png"
+Summary = Mapping[str, Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: what differs from the full method."""
+
+    title: str
+    overrides: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    config: str = "npedit"
+    scorer: str = ""  # one of SCORERS; "" is the shipped one
+
+
+# Smaller and larger than the shipped scorer, trained by the same config.
+SCORERS = {
+    "small": (
+        "networks.scorer.architecture.vision_config.hidden_size=64",
+        "networks.scorer.architecture.vision_config.intermediate_size=192",
+        "networks.scorer.architecture.vision_config.num_hidden_layers=2",
+        "networks.scorer.architecture.llm_config.hidden_size=64",
+        "networks.scorer.architecture.llm_config.intermediate_size=192",
+        "networks.scorer.architecture.llm_config.num_hidden_layers=2",
+    ),
+    "tiny": (
+        "networks.scorer.architecture.vision_config.hidden_size=32",
+        "networks.scorer.architecture.vision_config.intermediate_size=96",
+        "networks.scorer.architecture.vision_config.num_hidden_layers=1",
+        "networks.scorer.architecture.vision_config.num_attention_heads=2",
+        "networks.scorer.architecture.llm_config.hidden_size=32",
+        "networks.scorer.architecture.llm_config.intermediate_size=96",
+        "networks.scorer.architecture.llm_config.num_hidden_layers=1",
+        "networks.scorer.architecture.llm_config.num_attention_heads=2",
+        "networks.scorer.architecture.llm_config.num_key_value_heads=1",
+    ),
+}
+ROWS = {
+    "full": Row("full method", seeds=(0, 1, 2)),
+    "no_scorer": Row("without the scorer's loss", ("step.scorer_weight=0.0",), seeds=(0, 1, 2)),
+    "no_dmd": Row("without DMD", ("step.dmd_weight=0.0", "fake_updates=0"), seeds=(0, 1, 2)),
+    "no_identity": Row("without the identity question", ("data.options.question_weights=(1.0,0.0)",)),
+    "vocabulary": Row("cross-entropy over the whole vocabulary", ("step.scorer_form=vocabulary",)),
+    "one_step": Row("one step unrolled instead of two", ("step.max_unroll=1",)),
+    "scorer_small": Row("scorer: half as wide, two layers each", scorer="small"),
+    "scorer_tiny": Row("scorer: a quarter as wide, one layer each", scorer="tiny"),
+    "images_1": Row("1 % of the reference images", ("data.options.fraction=0.01",)),
+    "images_10": Row("10 % of the reference images", ("data.options.fraction=0.1",)),
+    "supervised": Row("taught with pairs (upper bound)", config="supervised"),
+}
+
+
+def run(*arguments: str) -> None:
+    """Runs a module of the package from the repository's root; its output goes to the terminal."""
+    subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True)
+
+
+def override(*values: str) -> list[str]:
+    """Config fields as options of `npedit_jax.train`."""
+    return [f"--config.{value}" for value in values]
+
+
+def train_scorer(size: str, output: pathlib.Path) -> pathlib.Path:
+    """Trains a scorer of another size, if that is not done yet; returns the directory of its weights."""
+    exported = output / f"scorer-{size}-weights"
+    if not (exported / "scorer" / "config.json").exists():
+        workdir = str(output / f"scorer-{size}")
+        config = ("--config", "configs/easyvqa/scorer.py")
+        run("npedit_jax.train", *config, "--workdir", workdir, *override(*SCORERS[size]))
+        run("npedit_jax.export", "--checkpoint", workdir, "--output", str(exported))
+    return exported / "scorer"
+
+
+def train_and_score(name: str, seed: int, steps: int | None, output: pathlib.Path) -> None:
+    """One row with one seed, unless its figures are there already."""
+    row, workdir = ROWS[name], output / f"{name}-{seed}"
+    if (workdir / "evaluation" / "summary.json").exists():
+        return
+    changes = [f"seed={seed}", *row.overrides, *([f"steps={steps}"] if steps else [])]
+    if row.scorer:
+        changes.append(f"networks.scorer.directory={train_scorer(row.scorer, output)}")
+    print(f"== {row.title}, seed {seed}", flush=True)
+    config = ("--config", f"configs/easyvqa/{row.config}.py")
+    run("npedit_jax.train", *config, "--workdir", str(workdir), *override(*changes))
+    scored = ("--benchmark", "easyvqa", "--output", str(workdir / "evaluation"))
+    run("npedit_jax.evaluate", "--checkpoint", str(workdir), *scored)
+
+
+def read(output: pathlib.Path) -> dict[str, list[Summary]]:
+    """The figures of the finished runs, by row, in the order of seeds."""
+    found = {name: sorted(output.glob(f"{name}-[0-9]/evaluation/summary.json")) for name in ROWS}
+    return {name: [json.loads(path.read_text())["edits"] for path in paths] for name, paths in found.items() if paths}
+
+
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    """The mean over seeds, with the range where there are several."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(results: Mapping[str, Sequence[Summary]]) -> str:
+    """Markdown: a line per row, done with the rest kept (%) per edit type, and the kept error of all four together."""
+    lines = [
+        f"| | seeds | {' | '.join(f'{edit}, %' for edit in EDITS)} | kept error |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, summaries in results.items():
+        done = [cell([summary[edit]["done_kept"] for summary in summaries]) for edit in EDITS]
+        errors = [statistics.mean(summary[edit]["kept_error"] for edit in EDITS) for summary in summaries]
+        lines.append(f"| {ROWS[name].title} | {len(summaries)} | {' | '.join(done)} | {cell(errors, 2)} |")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Sequence[Summary]], path: pathlib.Path) -> None:
+    """Bars: the share of the three edits done with the rest kept, a dot for every seed."""
+    names = list(results)[::-1]
+    figure = Figure(figsize=(7.5, 0.42 * len(names) + 1.0), layout="constrained")
+    axes = figure.add_subplot()
+    for place, name in enumerate(names):
+        values = [statistics.mean(summary[edit]["done_kept"] for edit in EDITS[:3]) for summary in results[name]]
+        axes.barh(place, statistics.mean(values), color="#2f6db5" if name == "full" else "#9db8d6")
+        axes.plot(values, [place] * len(values), "k.", markersize=4)
+    axes.set_yticks(range(len(names)), [ROWS[name].title for name in names])
+    axes.set(xlim=(0, 100), xlabel="recolor, remove, replace: done and the rest kept, mean %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def write(results: Mapping[str, Sequence[Summary]]) -> None:
+    """Puts table and plot into docs/ablations.md, between its marks; what is written around them stays."""
+    begin, end = "<!-- table: benchmarks/easyvqa_ablations.py --write -->", "<!-- end of the table -->"
+    text = PAGE.read_text()
+    before, after = text.split(begin)[0], text.split(end)[1]
+    plot(results, PLOT)
+    PAGE.write_text(f"{before}{begin}\n{table(results)}\n\n![What each part is worth]({PLOT.name})\n{end}{after}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=ROOT / "runs" / "ablations", help="directory of all runs"
+    )
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, of: %(default)s")
+    parser.add_argument("--steps", type=int, help="student updates per run; by default those of the config")
+    parser.add_argument("--write", action="store_true", help="only write docs/ablations.md from the finished runs")
+    arguments = parser.parse_args()
+    names = arguments.rows.split(",")
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"unknown rows {unknown}; choose of {list(ROWS)}")
+    output = arguments.output.absolute()
+    if not arguments.write:
+        # Seed by seed: the table is whole after the first round.
+        for round_number in range(max(len(ROWS[name].seeds) for name in names)):
+            for name in names:
+                if round_number < len(ROWS[name].seeds):
+                    train_and_score(name, ROWS[name].seeds[round_number], arguments.steps, output)
+    results = read(output)
+    if arguments.write:
+        write(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

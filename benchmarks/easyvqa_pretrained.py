@@ -1,0 +1,184 @@
+"""What the shipped networks of the small experiment can do, on test images: `python benchmarks/easyvqa_pretrained.py`.
+
+Prints one line per figure: the autoencoder's round trips, the base model's pictures of captions, what the warmed-up
+student makes of captions and instructions, and the scorer's answers per kind of question. `--run` puts the networks of
+a training run in the place of the shipped ones.
+"""
+
+import argparse
+import collections
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from npedit_jax import export, sampling
+from npedit_jax.data import easyvqa, questions, scorer_pairs
+from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
+from npedit_jax.editor import Editor
+from npedit_jax.evaluation import easyvqa as benchmark
+from npedit_jax.evaluation import easyvqa_judge
+from npedit_jax.objectives import feedback
+from npedit_jax.pixels import to_pixels, to_uint8
+from npedit_jax.training import networks, workdirs
+
+PACKAGE = "package:pretrained/easyvqa/"
+KINDS = {
+    "autoencoder": ("autoencoder", "vae"),
+    "text_encoder": ("qwen3", "text_encoder"),
+    "denoiser": ("zimage", "transformer"),
+    "student": ("zimage", "warmup"),
+    "scorer": ("internvl", "scorer"),
+}
+TEXT_LENGTH, QUESTION_LENGTH = 16, 72
+BATCH = 50
+Figures = Iterator[tuple[str, float]]
+
+
+def network(name: str, run: str | None) -> networks.Network:
+    """The shipped network of that name, or the run's if it trained one."""
+    if run and name in workdirs.read_config(run).optimizer:
+        return export.trained_networks(run)[name]
+    kind, folder = KINDS[name]
+    return networks.create({"kind": kind, "directory": PACKAGE + folder, "architecture": {}, "options": {}}, rng=None)
+
+
+def text_tokenizer() -> TextTokenizer:
+    """Of the shipped text encoder."""
+    return TextTokenizer(networks.resolve(f"{PACKAGE}text_encoder"), TEXT_LENGTH)
+
+
+def in_batches(function: Callable[..., Any], *inputs: np.ndarray, label: str) -> np.ndarray:
+    """A compiled function over all rows of the inputs; their number is a multiple of BATCH."""
+    starts = tqdm.trange(0, len(inputs[0]), BATCH, desc=label, mininterval=5)
+    return np.concatenate([np.asarray(function(*(x[start : start + BATCH] for x in inputs))) for start in starts])
+
+
+def autoencoder_figures(run: str | None, images: int) -> Figures:
+    """Error of a round trip (0 to 255), and round trips in which the judge reads what the image shows."""
+    module, params = network("autoencoder", run)
+    data = easyvqa.load("test").fraction(images / 1000)
+    round_trip = jax.jit(lambda x: to_uint8(module.apply({"params": params}, to_pixels(x))))
+    decoded = in_batches(round_trip, data.images, label="round trips")
+    yield "round trip: mean absolute error, 0 to 255", np.abs(decoded.astype(float) - data.images).mean()
+    right = np.array([easyvqa_judge.read(image).shape for image in decoded]) == np.array(data.shapes)
+    yield "round trip read as what the image shows, %", 100 * right.mean()
+
+
+def base_figures(run: str | None, images: int, *, steps: int = 20, time_shift: float = 3.0) -> Figures:
+    """Pictures of the test images' captions in which the judge reads the caption's colour and kind."""
+    made = {name: network(name, run) for name in ("autoencoder", "text_encoder", "denoiser")}
+    modules = {name: item.module for name, item in made.items()}
+    params = {name: item.params for name, item in made.items()}
+    data, tokenizer = easyvqa.load("test").fraction(images / 1000), text_tokenizer()
+    tokens, empty = tokenizer([easyvqa.caption(shape) for shape in data.shapes]), tokenizer([""])
+
+    def draw(ids, mask, seeds, guidance):
+        text = sampling.encode_text(modules, params, ids, mask)
+        none = (np.broadcast_to(x, (len(ids), TEXT_LENGTH)) for x in (empty.ids, empty.mask))
+        negative = sampling.encode_text(modules, params, *none)
+        shape = (len(ids), *latent_shape(modules["autoencoder"]))
+        latents = sampling.generate(
+            modules["denoiser"],
+            params["denoiser"],
+            shape,
+            text,
+            negative,
+            jax.random.key(seeds[0]),
+            steps=steps,
+            guidance=guidance[0],
+            time_shift=time_shift,
+        )
+        return to_uint8(modules["autoencoder"].apply({"params": params["autoencoder"]}, latents, method="decode"))
+
+    program = jax.jit(draw)
+    for guidance in (1.0, 2.0):
+        scales = np.full(images, guidance, np.float32)
+        pictures = in_batches(
+            program, tokens.ids, tokens.mask, np.arange(images, dtype=np.uint32), scales, label="base"
+        )
+        readings = [easyvqa_judge.read(picture) for picture in pictures]
+        for part in ("color", "kind", "shape"):
+            right = [
+                getattr(x, part) == (s if part == "shape" else getattr(s, part))
+                for x, s in zip(readings, data.shapes, strict=True)
+            ]
+            yield f"captions drawn with the right {part}, guidance {guidance:g}, %", 100 * np.mean(right)
+
+
+def latent_shape(autoencoder: Any) -> tuple[int, int, int]:
+    """Of a 64x64 image."""
+    side = 64 // 2 ** (len(autoencoder.block_out_channels) - 1)
+    return side, side, autoencoder.latent_channels
+
+
+def warmup_figures(run: str | None, images: int) -> Figures:
+    """Copies of the reference under its own caption (0 to 1), and edits that are done before any was taught."""
+    made = {name: network(name, run) for name in ("autoencoder", "text_encoder", "student")}
+    editor = Editor(made, text_tokenizer(), dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
+    data = easyvqa.load("test").fraction(images / 1000)
+    captions = [easyvqa.caption(shape) for shape in data.shapes]
+    copies = editor.edit_batch(data.images, captions, range(images), batch_size=BATCH)
+    yield "copy: mean absolute error, 0 to 1", np.abs(copies.astype(float) - data.images).mean() / 255
+    asked = benchmark.requests(data, seed=0)
+    with tqdm.tqdm(total=len(asked), desc="edits", mininterval=5) as bar:
+        edited = benchmark.edit_all(editor.edit_batch, data, asked, seed=0, batch=BATCH, advance=bar.update)
+    for edit_type, figures in benchmark.summarise(benchmark.score(data, asked, edited)).items():
+        yield f"{edit_type}: done, %", figures["done"]
+        yield f"{edit_type}: kept error, 0 to 255", figures["kept_error"]
+
+
+def scorer_figures(run: str | None, images: int, *, rounds: int = 4) -> Figures:
+    """Right answers per edit type and kind of question about pairs of test images, where the answer is clear."""
+    module, params = network("scorer", run)
+    tokenizer = ScorerTokenizer(networks.resolve(f"{PACKAGE}scorer"), module.image_tokens, QUESTION_LENGTH)
+    templates = questions.EASYVQA
+    pairs = scorer_pairs.PairSource(easyvqa.load("test"), templates)
+    answer = jax.jit(
+        lambda *inputs: feedback.yes_probability(
+            module.apply({"params": params}, to_pixels(inputs[0]), *inputs[1:]).logits
+        )
+    )
+    right = collections.defaultdict(list)
+    for start in tqdm.trange(0, rounds * images, BATCH, desc="scorer", mininterval=5):
+        examples = [
+            pairs(number % images, np.random.default_rng([1, number])) for number in range(start, start + BATCH)
+        ]
+        for place in range(2):
+            # An example with one question is asked it twice; it is counted once.
+            asked = [example.questions[min(place, len(example.questions) - 1)] for example in examples]
+            tokens = tokenizer([questions.Question(kind, text, templates[kind].images, 1.0) for kind, text, _ in asked])
+            prompts = [x[:, None] for x in (tokens.ids, tokens.mask, tokens.image_index)]
+            said = answer(np.stack([np.stack(example.images) for example in examples]), *prompts)[:, 0]
+            for example, (kind, _, wanted), yes in zip(examples, asked, np.asarray(said), strict=True):
+                if place < len(example.questions) and not 0.1 < wanted < 0.9:
+                    name = " ".join(filter(None, (example.edit_type, kind.removesuffix("_remove"))))
+                    right[name].append((yes > 0.5) == (wanted > 0.5))
+    for name, values in sorted(right.items()):
+        yield f"{name}: right of {len(values)}, %", 100 * np.mean(values)
+
+
+STAGES: Mapping[str, Callable[[str | None, int], Figures]] = {
+    "autoencoder": autoencoder_figures,
+    "base": base_figures,
+    "warmup": warmup_figures,
+    "scorer": scorer_figures,
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, of: %(default)s")
+    parser.add_argument("--run", help="working directory of a training run whose networks to take where it has them")
+    parser.add_argument("--images", type=int, default=1000, help=f"test images, a multiple of {BATCH}")
+    arguments = parser.parse_args()
+    for stage in arguments.stages.split(","):
+        for name, value in STAGES[stage](arguments.run, arguments.images):
+            print(f"{stage}: {name}: {value:.3g}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
