@@ -1,7 +1,7 @@
 """The ablations of the paper's section 4.3 in small, on easy-VQA: `python benchmarks/easyvqa_ablations.py`.
 
 Every row is a run of `npedit_jax.train` with the same number of student updates at the same batch size, evaluated on
-the test images. Runs that are finished are skipped and a run that was stopped goes on where it was, so the script can be
+the test images. Finished runs are skipped and a run that was stopped goes on where it was, so the script can be
 stopped at any time and started again. `--write` makes docs/ablations.md and its plot from the runs that are finished.
 """
 
