@@ -6,6 +6,7 @@ python="${PYTHON:-python3}"
 if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
+# First and by itself: the ranges that other packages ask for are then met, and no second build is looked at.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 .venv/bin/ruff check .

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
             question_length=72,  # tokens, of which 16 per image
             templates="easyvqa",
             options=dict(
+                fraction=1.0,  # of the reference images
                 edit_weights=dict(recolor=0.3, remove=0.25, replace=0.4, nothing=0.05),
                 guidance=dict(recolor=2.0, remove=2.0, replace=2.0, nothing=2.0),
                 question_weights=(1.0, 1.0),
