@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import runpy
 import statistics
 import subprocess
 import sys
@@ -91,12 +92,12 @@ def train_scorer(size: str, output: pathlib.Path) -> pathlib.Path:
     return exported / "scorer"
 
 
-def train_and_score(name: str, seed: int, steps: int | None, output: pathlib.Path) -> None:
+def train_and_score(name: str, seed: int, steps: int, output: pathlib.Path) -> None:
     """One row with one seed, unless its figures are there already."""
     row, workdir = ROWS[name], output / f"{name}-{seed}"
     if (workdir / "evaluation" / "summary.json").exists():
         return
-    changes = [f"seed={seed}", *row.overrides, *([f"steps={steps}"] if steps else [])]
+    changes = [f"seed={seed}", f"steps={steps}", *row.overrides]
     if row.scorer:
         changes.append(f"networks.scorer.directory={train_scorer(row.scorer, output)}")
     print(f"== {row.title}, seed {seed}", flush=True)
@@ -162,9 +163,12 @@ def main() -> None:
         "--output", type=pathlib.Path, default=ROOT / "runs" / "ablations", help="directory of all runs"
     )
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, of: %(default)s")
-    parser.add_argument("--steps", type=int, help="student updates per run; by default those of the config")
+    parser.add_argument(
+        "--steps", type=int, help="student updates per run; by default those of the full method's config"
+    )
     parser.add_argument("--write", action="store_true", help="only write docs/ablations.md from the finished runs")
     arguments = parser.parse_args()
+    steps = arguments.steps or runpy.run_path(str(ROOT / "configs" / "easyvqa" / "npedit.py"))["get_config"]().steps
     names = arguments.rows.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"unknown rows {unknown}; choose of {list(ROWS)}")
@@ -174,7 +178,7 @@ def main() -> None:
         for round_number in range(max(len(ROWS[name].seeds) for name in names)):
             for name in names:
                 if round_number < len(ROWS[name].seeds):
-                    train_and_score(name, ROWS[name].seeds[round_number], arguments.steps, output)
+                    train_and_score(name, ROWS[name].seeds[round_number], steps, output)
     results = read(output)
     if arguments.write:
         write(results)

@@ -22,7 +22,7 @@ from npedit_jax.evaluation import easyvqa as benchmark
 from npedit_jax.evaluation import easyvqa_judge
 from npedit_jax.objectives import feedback
 from npedit_jax.pixels import to_pixels, to_uint8
-from npedit_jax.training import networks, workdirs
+from npedit_jax.training import networks
 
 PACKAGE = "package:pretrained/easyvqa/"
 KINDS = {
@@ -37,11 +37,14 @@ BATCH = 50
 Figures = Iterator[tuple[str, float]]
 
 
-def network(name: str, run: str | None) -> networks.Network:
-    """The shipped network of that name, or the run's if it trained one."""
-    if run and name in workdirs.read_config(run).optimizer:
-        return export.trained_networks(run)[name]
-    kind, folder = KINDS[name]
+def load(run: str | None, *names: str) -> dict[str, networks.Network]:
+    """The shipped networks of these names, or the run's where it trained them; the run is read once."""
+    trained = export.trained_networks(run) if run else {}
+    return {name: trained[name] if name in trained else shipped(*KINDS[name]) for name in names}
+
+
+def shipped(kind: str, folder: str) -> networks.Network:
+    """A network with the weights inside the package."""
     return networks.create({"kind": kind, "directory": PACKAGE + folder, "architecture": {}, "options": {}}, rng=None)
 
 
@@ -58,7 +61,7 @@ def in_batches(function: Callable[..., Any], *inputs: np.ndarray, label: str) ->
 
 def autoencoder_figures(run: str | None, images: int) -> Figures:
     """Error of a round trip (0 to 255), and round trips in which the judge reads what the image shows."""
-    module, params = network("autoencoder", run)
+    module, params = load(run, "autoencoder")["autoencoder"]
     data = easyvqa.load("test").fraction(images / 1000)
     round_trip = jax.jit(lambda x: to_uint8(module.apply({"params": params}, to_pixels(x))))
     decoded = in_batches(round_trip, data.images, label="round trips")
@@ -69,7 +72,7 @@ def autoencoder_figures(run: str | None, images: int) -> Figures:
 
 def base_figures(run: str | None, images: int, *, steps: int = 20, time_shift: float = 3.0) -> Figures:
     """Pictures of the test images' captions in which the judge reads the caption's colour and kind."""
-    made = {name: network(name, run) for name in ("autoencoder", "text_encoder", "denoiser")}
+    made = load(run, "autoencoder", "text_encoder", "denoiser")
     modules = {name: item.module for name, item in made.items()}
     params = {name: item.params for name, item in made.items()}
     data, tokenizer = easyvqa.load("test").fraction(images / 1000), text_tokenizer()
@@ -116,7 +119,7 @@ def latent_shape(autoencoder: Any) -> tuple[int, int, int]:
 
 def warmup_figures(run: str | None, images: int) -> Figures:
     """Copies of the reference under its own caption (0 to 1), and edits that are done before any was taught."""
-    made = {name: network(name, run) for name in ("autoencoder", "text_encoder", "student")}
+    made = load(run, "autoencoder", "text_encoder", "student")
     editor = Editor(made, text_tokenizer(), dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
     data = easyvqa.load("test").fraction(images / 1000)
     captions = [easyvqa.caption(shape) for shape in data.shapes]
@@ -132,7 +135,7 @@ def warmup_figures(run: str | None, images: int) -> Figures:
 
 def scorer_figures(run: str | None, images: int, *, rounds: int = 4) -> Figures:
     """Right answers per edit type and kind of question about pairs of test images, where the answer is clear."""
-    module, params = network("scorer", run)
+    module, params = load(run, "scorer")["scorer"]
     tokenizer = ScorerTokenizer(networks.resolve(f"{PACKAGE}scorer"), module.image_tokens, QUESTION_LENGTH)
     templates = questions.EASYVQA
     pairs = scorer_pairs.PairSource(easyvqa.load("test"), templates)

@@ -12,22 +12,10 @@ from PIL import Image
 from npedit_jax import Editor, edit, weights
 from npedit_jax.training import networks, state, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
+from tests.training.tiny import AUTOENCODER
 
 ARCHITECTURES = {
-    "autoencoder": (
-        "autoencoder",
-        dict(
-            block_out_channels=(4, 4),
-            layers_per_block=1,
-            latent_channels=2,
-            norm_num_groups=2,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-    ),
+    "autoencoder": ("autoencoder", AUTOENCODER),
     "text_encoder": (
         "qwen3",
         dict(

@@ -2,6 +2,18 @@
 
 from ml_collections import ConfigDict
 
+AUTOENCODER = dict(
+    block_out_channels=(4, 4),
+    layers_per_block=1,
+    latent_channels=2,
+    norm_num_groups=2,
+    scaling_factor=1.0,
+    shift_factor=0.0,
+    mid_block_add_attention=False,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+
 
 def autoencoder_config(steps: int = 6) -> ConfigDict:
     """A run of a few steps on real images: seconds on one core."""
@@ -15,18 +27,7 @@ def autoencoder_config(steps: int = 6) -> ConfigDict:
         weight_decay=0.0,
         clip_norm=1.0,
     )
-    architecture = dict(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=2,
-        norm_num_groups=2,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    network = dict(kind="autoencoder", directory="", architecture=architecture, options=dict(remat="none"))
+    network = dict(kind="autoencoder", directory="", architecture=AUTOENCODER, options=dict(remat="none"))
     return ConfigDict(
         dict(
             stage="autoencoder",
