@@ -36,10 +36,10 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "torch": ["torch==2.13.0", "diffusers>=0.36"],
+        "torch": ["torch==2.13.0", "diffusers>=0.37"],
         "test": [
             "accelerate",
-            "diffusers>=0.36",
+            "diffusers>=0.37",
             "hypothesis",
             "pytest>=8",
             "pytest-xdist",

@@ -1,14 +1,21 @@
 """Takes trained networks out of a run: `python -m npedit_jax.export --checkpoint RUN --output DIR --format diffusers`.
 
-Every trained network of the run goes to a folder of its own, in the Hugging Face layout of its original class.
+diffusers: every trained network of the run goes to a folder of its own, in the Hugging Face layout of its original
+class; with --frozen the editor's other networks too, so that `npedit_jax/pytorch/edit.py` needs nothing else.
+npedit: the student becomes `student.safetensors`, the state dict that the PyTorch release of NP-Edit loads with
+strict=True; with --pt also the `student.pt` that its script opens.
 """
 
 import argparse
+import importlib.util
+import json
 import sys
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 
 from npedit_jax import weights
@@ -17,6 +24,8 @@ from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
+from npedit_jax.weights import release
+from npedit_jax.weights.saving import MAX_SHARD_BYTES, copy_tokenizer
 
 # The folder that each network has in a diffusers pipeline.
 FOLDERS = {
@@ -48,20 +57,78 @@ def trained_networks(run: epath.PathLike, *, raw: bool = False) -> dict[str, net
     return {name: networks.Network(module, params[name]) for name, module in modules.items()}
 
 
-def export(run: epath.PathLike, output: epath.PathLike, *, raw: bool, dtype: str | None) -> list[str]:
-    """Writes every trained network of the run under `output` and returns the folders written."""
+def export(
+    run: epath.PathLike,
+    output: epath.PathLike,
+    *,
+    raw: bool = False,
+    dtype: str | None = None,
+    frozen: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """Writes every trained network of the run under `output` and returns what was written.
+
+    Beside the networks of an editor goes `editor.json`: the settings with which it edits.
+
+    Args:
+      raw: the parameters as trained instead of their average.
+      dtype: to convert parameters to; None keeps theirs.
+      frozen: also the autoencoder and the text encoder of an editor that does not train them.
+      max_shard_bytes: of tensor data in one file.
+
+    Raises:
+      WorkdirError: as `trained_networks`.
+      FileExistsError: a folder to write to has content.
+    """
     config = workdirs.read_config(run)
+    made = trained_networks(run, raw=raw)
+    if frozen:
+        others = [name for name in ("autoencoder", "text_encoder") if name in config.networks and name not in made]
+        made |= {name: networks.create(config.networks[name], rng=None, dtype=None) for name in others}
     written = []
-    for name, (module, params) in trained_networks(run, raw=raw).items():
-        if name == "autoencoder":
+    for name, (module, params) in made.items():
+        if name == "autoencoder" and name in config.optimizer:
             module = normalised(module, params)
         folder = epath.Path(output) / FOLDERS[name]
-        weights.save(config.networks[name].kind, module, params, folder, dtype=dtype)
+        weights.save(config.networks[name].kind, module, params, folder, max_shard_bytes, dtype)
         tokenizer = {"text_encoder": "text_tokenizer", "scorer": "scorer_tokenizer"}.get(name)
         if tokenizer:
-            (networks.resolve(config.data[tokenizer]) / "tokenizer.json").copy(folder / "tokenizer.json")
+            copy_tokenizer(networks.resolve(config.data[tokenizer]), folder)
         written.append(str(folder))
+    if "student" in made:
+        written.append(str(_write_settings(config, epath.Path(output))))
     return written
+
+
+def export_release(
+    run: epath.PathLike, output: epath.PathLike, *, raw: bool = False, dtype: str | None = None, pickle: bool = False
+) -> list[str]:
+    """Writes the student as the state dict of the PyTorch release under `output` and returns the files written.
+
+    Args:
+      pickle: also as `student.pt`, which takes PyTorch and the whole state dict in memory.
+
+    Raises:
+      WorkdirError: as `trained_networks`, or the run trains no student.
+      FileExistsError: a file is there already.
+      ValueError: the student has options that the release does not know.
+    """
+    if "student" not in workdirs.read_config(run).optimizer:
+        raise workdirs.WorkdirError(f"{run} trains no student; give the --workdir of a run of stage npedit or warmup")
+    student = trained_networks(run, raw=raw)["student"]
+    file = epath.Path(output) / "student.safetensors"
+    release.save_release(student.module, student.params, file, dtype)
+    if not pickle:
+        return [str(file)]
+    release.pickle_release(file, file.with_suffix(".pt"))
+    return [str(file), str(file.with_suffix(".pt"))]
+
+
+def _write_settings(config: ml_collections.ConfigDict, output: epath.Path) -> epath.Path:
+    settings = config.sampling.to_dict() | {"text_length": config.data.text_length}
+    file = output / "editor.json"
+    workdirs.write_whole(file, json.dumps(settings, indent=2) + "\n")
+    return file
 
 
 def normalised(module: Autoencoder, params: Any, images: int = 512, batch: int = 64) -> Autoencoder:
@@ -73,20 +140,33 @@ def normalised(module: Autoencoder, params: Any, images: int = 512, batch: int =
     return module.clone(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exits with 1 and one line where it cannot export."""
     parser = argparse.ArgumentParser(prog="python -m npedit_jax.export", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="working directory of a training run")
-    parser.add_argument("--output", required=True, help="directory to write into; its folders must not exist")
-    parser.add_argument("--format", choices=["diffusers"], default="diffusers")
+    parser.add_argument("--output", required=True, help="directory to write into; what goes there must not exist")
+    parser.add_argument("--format", choices=["diffusers", "npedit"], default="diffusers")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
-    arguments = parser.parse_args()
+    parser.add_argument("--frozen", action="store_true", help="diffusers: the frozen networks of an editor too")
+    parser.add_argument("--pt", action="store_true", help="npedit: a .pt file too, as the release's script opens")
+    arguments = parser.parse_args(argv)
+    if arguments.frozen and arguments.format != "diffusers":
+        parser.error("--frozen goes with --format diffusers; the release has its own autoencoder and text encoder")
+    if arguments.pt and arguments.format != "npedit":
+        parser.error("--pt goes with --format npedit; diffusers reads safetensors")
+    if arguments.pt and importlib.util.find_spec("torch") is None:
+        sys.exit("export: --pt needs PyTorch, which is not installed; pip install 'npedit_jax[torch]'")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
+    chosen = {"raw": arguments.raw, "dtype": arguments.dtype}
     try:
-        for folder in export(arguments.checkpoint, arguments.output, raw=arguments.raw, dtype=arguments.dtype):
-            print(folder)
-    except (workdirs.WorkdirError, FileExistsError) as error:
-        sys.exit(f"export: {error}")
+        if arguments.format == "npedit":
+            written = export_release(arguments.checkpoint, arguments.output, pickle=arguments.pt, **chosen)
+        else:
+            written = export(arguments.checkpoint, arguments.output, frozen=arguments.frozen, **chosen)
+    except (ValueError, OSError) as error:
+        sys.exit(f"export: {' '.join(str(error).split())}")
+    print("\n".join(written))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""Networks taken out of a run: their weights, the latents' normalisation, and refusals."""
+"""Networks taken out of a run: their weights, the latents' normalisation, an editor's formats, and refusals."""
 
+import json
+import pathlib
+import sys
+
+import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from npedit_jax import export, weights
 from npedit_jax.data import easyvqa
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import loop, stages, workdirs
+from tests.tiny_editor import write_run
 from tests.training.tiny import autoencoder_config
+
+TOKENIZER = pathlib.Path(__file__).parent / "golden" / "tokenizer"
+SAMPLING = dict(times=[1.0, 0.9474, 0.8571, 0.6667], sampler="ddim", eta=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +62,62 @@ def test_directory_without_a_checkpoint_is_named(tmp_path):
         export.export(tmp_path / "run", tmp_path / "out", raw=False, dtype=None)
     with pytest.raises(workdirs.WorkdirError, match="is no run"):
         export.export(tmp_path, tmp_path / "out", raw=False, dtype=None)
+
+
+@pytest.fixture(scope="module")
+def editor_run(tmp_path_factory):
+    """A run of an editor; its average is 0.9 times its parameters."""
+    return write_run(tmp_path_factory.mktemp("editor"), str(TOKENIZER), SAMPLING)
+
+
+def test_transformer_in_shards_is_read_by_its_original_class(editor_run, tmp_path):
+    written = export.export(editor_run, tmp_path, raw=True, max_shard_bytes=40_000)
+    assert written == [str(tmp_path / "transformer"), str(tmp_path / "editor.json")]
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    model, info = diffusers.ZImageTransformer2DModel.from_pretrained(
+        tmp_path / "transformer", output_loading_info=True, low_cpu_mem_usage=False
+    )
+    assert not any(info.values())
+    expected = safetensors.numpy.load_file(editor_run.parent / "student" / "diffusion_pytorch_model.safetensors")
+    assert model.state_dict().keys() == expected.keys()
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), expected[name])
+
+
+def test_frozen_networks_of_an_editor_come_along_on_request(editor_run, tmp_path):
+    export.main(["--checkpoint", str(editor_run), "--output", str(tmp_path), "--frozen", "--dtype", "bfloat16"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["editor.json", "text_encoder", "transformer", "vae"]
+    assert (tmp_path / "text_encoder" / "tokenizer.json").read_text() == (TOKENIZER / "tokenizer.json").read_text()
+    assert json.loads((tmp_path / "editor.json").read_text()) == SAMPLING | {"text_length": 48}
+    # Latents of a frozen autoencoder are what the student was trained on: its shift and scale stay.
+    assert weights.load("autoencoder", tmp_path / "vae")[0].scaling_factor == 0.7
+
+
+@pytest.mark.parametrize(("options", "factor"), [([], 0.9), (["--raw"], 1.0)])
+def test_state_dict_of_the_release(editor_run, tmp_path, capsys, options, factor):
+    command = ["--checkpoint", str(editor_run), "--output", str(tmp_path), "--format", "npedit", "--pt", *options]
+    export.main(command)
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("student.safetensors", "student.pt")]
+    found = safetensors.numpy.load_file(tmp_path / "student.safetensors")
+    stored = safetensors.numpy.load_file(editor_run.parent / "student" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == {f"transformer.{name}" for name in stored}
+    for name, value in stored.items():
+        np.testing.assert_array_equal(found[f"transformer.{name}"], np.float32(factor) * value)
+    with pytest.raises(SystemExit, match="student.safetensors is there already"):
+        export.main(command)
+
+
+def test_refusals_are_one_line(run, editor_run, tmp_path, monkeypatch, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="export: .* trains no student"):
+        export.main(["--checkpoint", str(run[0]), *output, "--format", "npedit"])
+    with pytest.raises(SystemExit, match="export: .* is no run"):
+        export.main(["--checkpoint", str(tmp_path), *output])
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="export: --pt needs PyTorch"):
+        export.main(["--checkpoint", str(editor_run), *output, "--format", "npedit", "--pt"])
+    for options, told in ((["--pt"], "--pt goes with"), (["--format", "npedit", "--frozen"], "--frozen goes with")):
+        with pytest.raises(SystemExit):
+            export.main(["--checkpoint", str(editor_run), *output, *options])
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint into a Flax module: strict, tensor by tensor, each placed as it is read."""
+"""Reading a checkpoint into a Flax module: strict, tensor by tensor, each placed as it is read."""
 
 import collections
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from npedit_jax.data.tokenize import read_tokenizer
-from npedit_jax.weights import kinds
+from npedit_jax.weights import converted, kinds
 from npedit_jax.weights.safetensors_io import Entry, Reader, index_directory
 from npedit_jax.weights.table import Row, check_table
 
@@ -33,16 +33,18 @@ def load(
     """Builds the module that a checkpoint's config.json describes and loads its weights.
 
     One tensor is in host memory at a time, or, of a stacked parameter, one layer and the part of the stack that the
-    devices of this process hold.
+    devices of this process hold. A converted directory (`npedit_jax.convert`) is known by its layout and read through
+    Orbax.
 
     Args:
       kind: a key of `KINDS`.
-      directory: holds config.json and *.safetensors, one file or shards; any path `etils.epath` knows.
+      directory: holds config.json and *.safetensors, one file or shards, or is a converted one; any path `etils.epath`
+        knows.
       dtype: of the parameters ("float32", "bfloat16", ...); None keeps each as it is stored.
       shardings: where parameters go: a tree like the parameters', a function of the "/"-joined path, one sharding for
         all, or None for the default device.
       keep_unused: keep the tensors that our use leaves out, as stored in NumPy arrays on the host under
-        `params["unused"]`; modules ignore them, `save` writes them back.
+        `params["unused"]`; modules ignore them, `save` writes them back. A converted directory has none.
       compute_dtype: the module's `dtype`; None leaves the module's default.
       module_options: further fields of the module (`remat`, ...), see `build` of the kind.
 
@@ -52,10 +54,13 @@ def load(
     Raises:
       FileNotFoundError: config.json, weights or a shard are missing.
       ValueError: pickled or damaged files; an unsupported config; or tensors and parameters that do not match one to
-        one, in which case the message lists *all* missing, unexpected, duplicate and wrongly shaped tensors.
+        one, in which case the message lists *all* missing, unexpected, duplicate and wrongly shaped tensors;
+        `keep_unused` of a converted directory.
     """
     directory = epath.Path(directory)
     module = _build_module(kind, directory, compute_dtype, module_options)
+    if converted.is_converted(directory):
+        return module, _read_converted(kind, module, directory, dtype, shardings, keep_unused)
     table = kinds.kind_module(kind).rows(module)
     shapes = kinds.parameter_shapes(kind, module)
     if faults := check_table(table, shapes):
@@ -69,6 +74,18 @@ def load(
         lines = "\n  ".join(problems)
         raise ValueError(f"{directory} does not fit the {kind} that its config.json describes:\n  {lines}")
     return module, _read_parameters(table, entries, shapes, dtype, place, keep_unused)
+
+
+def _read_converted(
+    kind: str, module: nn.Module, directory: epath.Path, dtype: str | None, shardings: Shardings, keep_unused: bool
+) -> dict[str, Any]:
+    if keep_unused:
+        raise ValueError(f"{directory} was converted, which drops what is not used; give the directory it came from")
+    shapes, problems = kinds.parameter_shapes(kind, module), []
+    place = _sharding_of(shardings, shapes, problems)
+    if problems:
+        raise ValueError("\n  ".join(["the shardings do not fit the parameters:", *problems]))
+    return converted.read(directory, shapes, dtype, place)
 
 
 def _read_parameters(

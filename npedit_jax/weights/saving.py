@@ -17,6 +17,9 @@ from npedit_jax.weights import kinds
 from npedit_jax.weights.safetensors_io import CODES, Planned, split_shards, write_file
 from npedit_jax.weights.table import Row, check_table
 
+MAX_SHARD_BYTES = 5_000_000_000  # of tensor data in one file
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+
 # Of each source tensor: the rows that make it up, in order of their pieces, and the layer (None = not stacked).
 Pieces = tuple[list[Row], int | None]
 
@@ -26,7 +29,7 @@ def save(
     module: nn.Module,
     params: Mapping[str, Any],
     directory: epath.PathLike,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: str | None = None,
 ) -> None:
     """Writes config.json and safetensors files (several with an index above `max_shard_bytes`) to a new directory.
@@ -49,18 +52,35 @@ def save(
     directory = epath.Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; give a new directory, or delete this one first")
-    flat = flax.traverse_util.flatten_dict(nn.unbox(dict(params)), sep="/")
-    table = [row for row in kinds.kind_module(kind).rows(module) if not row.unused or row.target in flat]
-    _check(kind, module, table, flat)
-    tensors = _group(table)
-    planned = [_plan(name, pieces, flat, dtype) for name, pieces in tensors.items()]
+    planned, values = source_tensors(kind, module, params, dtype)
     shards = split_shards(planned, max_shard_bytes)
-    values = (_value(tensors[tensor.name], flat, tensor.dtype) for shard in shards for tensor in shard)
     if jax.process_index() == 0:
         _write(directory, kinds.KINDS[kind], kinds.kind_module(kind).describe(module), shards, values)
     else:
         # Gathering a sharded array is a collective: every process takes part, the first alone keeps the result.
         collections.deque(values, maxlen=0)
+
+
+def source_tensors(
+    kind: str, module: nn.Module, params: Mapping[str, Any], dtype: str | None = None
+) -> tuple[list[Planned], Iterator[np.ndarray]]:
+    """The Hugging Face tensors that parameters become, and their contents in the same order, made one at a time.
+
+    Arguments and errors as of `save`.
+    """
+    flat = flax.traverse_util.flatten_dict(nn.unbox(dict(params)), sep="/")
+    table = [row for row in kinds.kind_module(kind).rows(module) if not row.unused or row.target in flat]
+    _check(kind, module, table, flat)
+    tensors = _group(table)
+    planned = [_plan(name, pieces, flat, dtype) for name, pieces in tensors.items()]
+    return planned, (_value(tensors[tensor.name], flat, tensor.dtype) for tensor in planned)
+
+
+def copy_tokenizer(source: epath.Path, directory: epath.Path) -> None:
+    """Copies the tokenizer's files, as many as the source has, into the directory."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            (source / name).copy(directory / name)
 
 
 def _check(kind: str, module: nn.Module, table: list[Row], flat: Mapping[str, Any]) -> None:

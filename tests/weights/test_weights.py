@@ -274,6 +274,15 @@ def test_answer_ids_come_from_the_tokenizer_unless_given(tmp_path):
     assert weights.load("internvl", GOLDEN / "D/internvl_native")[0].answer_ids is None
 
 
+def test_tokenizer_that_splits_an_answer_is_refused(tmp_path):
+    copy_checkpoint("D/internvl_chat", tmp_path)
+    tokenizer = json.loads((GOLDEN / "D/internvl_chat/tokenizer.json").read_text())
+    tokenizer["model"]["merges"].remove(["Ye", "s"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match='expected "Yes" to be one token'):
+        weights.load("internvl", tmp_path)
+
+
 def test_host_memory_stays_near_the_parameters_themselves(tmp_path):
     config = {"num_hidden_layers": 9, "hidden_size": 64, "intermediate_size": 2048, "vocab_size": 16}
     config = json.loads((GOLDEN / "C/text_encoder/config.json").read_text()) | config

@@ -1,0 +1,72 @@
+"""Adapters under the original's names: they fit the original's modules, and come back from their file."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from diffusers import ZImageTransformer2DModel
+
+from npedit_jax import weights
+from npedit_jax.models import lora
+from npedit_jax.weights import adapters
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "A" / "transformer"
+ALPHA = 6.0
+PATTERNS = ("*/attention/*", "layers/mlp/*", "patch_embedding")
+
+
+@functools.cache
+def parts():
+    module, params = weights.load("zimage", GOLDEN)
+    fresh = lora.create(jax.random.key(0), params, rank=2, patterns=PATTERNS)
+    return module, params, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+
+def test_pairs_added_to_the_originals_modules_are_the_merged_weights(tmp_path):
+    module, params, pairs = parts()
+    tensors = adapters.to_peft("zimage", module, pairs, ALPHA)
+    theirs = ZImageTransformer2DModel.from_pretrained(GOLDEN)
+    layers = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    assert 2 * len(layers) == len(tensors)
+    for name in layers:
+        linear = theirs.get_submodule(name.removeprefix("transformer."))
+        down, up = (torch.tensor(tensors[f"{name}.lora_{part}.weight"]) for part in "AB")
+        with torch.no_grad():
+            linear.weight += up @ down  # what PEFT does where alpha is the rank
+    weights.save("zimage", module, lora.merge(params, pairs, ALPHA), tmp_path / "merged")
+    ours = {
+        name: value
+        for file in (tmp_path / "merged").glob("*.safetensors")
+        for name, value in safetensors.numpy.load_file(file).items()
+    }
+    assert ours.keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        np.testing.assert_allclose(ours[name], value.float().numpy(), atol=1e-5)
+
+
+def test_adapters_come_back_for_another_alpha(tmp_path):
+    module, params, pairs = parts()
+    adapters.save(tmp_path, "zimage", module, pairs, ALPHA)
+    with pytest.raises(FileExistsError):
+        adapters.save(tmp_path, "zimage", module, pairs, ALPHA)
+    like = jax.tree.map(jnp.zeros_like, pairs)
+    again = adapters.load(tmp_path, "zimage", module, like=like, alpha=ALPHA)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, pairs)
+    other = adapters.load(tmp_path, "zimage", module, like=like, alpha=1.0)
+    same = (lora.merge(params, tree, alpha) for tree, alpha in ((pairs, ALPHA), (other, 1.0)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *same)
+
+
+def test_adapters_of_other_targets_are_refused_by_name(tmp_path):
+    module, params, pairs = parts()
+    adapters.save(tmp_path, "zimage", module, pairs, ALPHA)
+    like = lora.create(jax.random.key(0), params, rank=3, patterns=("layers/mlp/*",))
+    with pytest.raises(ValueError, match=r"to_q.lora_A.weight is unexpected(.|\n)*w1.lora_A.weight is \(2, "):
+        adapters.load(tmp_path, "zimage", module, like=like, alpha=ALPHA)
+    with pytest.raises(FileNotFoundError, match="holds no adapters"):
+        adapters.load(tmp_path / "none", "zimage", module, like=like, alpha=ALPHA)
