@@ -1,16 +1,34 @@
-"""Every config file: it loads, names a stage, and its networks have shapes that fit one another."""
+"""Every config file: it loads, names a stage, and its networks have shapes that fit one another and its step."""
 
+import functools
 import importlib.util
 import pathlib
+import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from npedit_jax.training import networks
+from npedit_jax.data import questions
+from npedit_jax.training import networks, stages, state
+from npedit_jax.weights import published
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.py"))
+EDITS = [path for path in FILES if path.stem.startswith(("npedit", "customization", "warmup"))]
+# Their step is that of zimage/npedit.py but for the scorer, and for the data.
+LIKE_ANOTHER = ("npedit_llava", "customization")
+DECODED = 8  # pixels per latent
+name_of = lambda path: str(path.relative_to(CONFIGS))  # noqa: E731
+
+
+@pytest.fixture(scope="module", autouse=True)
+def repository_on_the_path():
+    """Configs import one another from the repository's root, where `python -m npedit_jax.train` runs."""
+    sys.path.insert(0, str(CONFIGS.parent))
+    yield
+    sys.path.remove(str(CONFIGS.parent))
 
 
 def _load(path: pathlib.Path) -> ConfigDict:
@@ -21,21 +39,31 @@ def _load(path: pathlib.Path) -> ConfigDict:
     return module.get_config()
 
 
-def _shipped(spec: ConfigDict) -> bool:
-    return not spec.directory or (networks.resolve(spec.directory) / "config.json").exists()
+def _known(spec: ConfigDict) -> bool:
+    """Whether the network's shape can be told here: from its files, or because its checkpoint is a published one."""
+    directory = spec.directory
+    return (
+        not directory
+        or (networks.resolve(directory) / "config.json").exists()
+        or published.architecture(directory) is not None
+    )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_config_trains_networks_that_it_has(path):
     config = _load(path)
+    stages.check(config)
     assert set(config.optimizer) <= set(config.networks)
     assert config.batch_size % config.cpu_devices == 0
+    for name, item in stages.adapted(config).items():
+        assert name in config.optimizer and item.base not in config.optimizer
+        assert config.networks[name].directory == config.networks[item.base].directory
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_networks_of_a_config_fit_one_another(path):
     config = _load(path)
-    modules = {name: networks.module_of(spec) for name, spec in config.networks.items() if _shipped(spec)}
+    modules = {name: networks.module_of(spec) for name, spec in config.networks.items() if _known(spec)}
     for name, module in modules.items():
         assert jax.tree.leaves(networks.shapes(config.networks[name].kind, module)), name
     denoisers = [module for name, module in modules.items() if config.networks[name].kind == "zimage"]
@@ -43,3 +71,78 @@ def test_networks_of_a_config_fit_one_another(path):
         assert denoiser.channels == modules["autoencoder"].latent_channels
         if "text_encoder" in modules:
             assert denoiser.text_width == modules["text_encoder"].decoder.width
+
+
+def _batch(config: ConfigDict, side: tuple[int, int], batch: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of the edit stage or of the warm-up."""
+    edits = config.stage == "npedit"
+    leading = (config.fake_updates + 1, batch) if edits else (batch,)
+    array = lambda shape, dtype: jax.ShapeDtypeStruct((*leading, *shape), dtype)  # noqa: E731
+    text = lambda name, lead=leading: {  # noqa: E731
+        f"{name}_ids": jax.ShapeDtypeStruct((*lead, config.data.text_length), jnp.int32),
+        f"{name}_mask": jax.ShapeDtypeStruct((*lead, config.data.text_length), bool),
+    }
+    found = {"reference": array((*side, 3), jnp.uint8)} | text("caption")
+    if not edits:
+        return found
+    names = ("guidance", "dmd_weight", "identity_weight", "weight")
+    found |= text("instruction") | text("negative", (leading[0], 1)) | {name: array((), jnp.float32) for name in names}
+    found |= {"answer": array((2,), jnp.int32), "question_weight": array((2,), jnp.float32)}
+    packed = config.data.options.get("packed_length", 0)
+    if packed:
+        fields = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index")
+        return found | {name: array((packed,), jnp.int32) for name in fields} | {"answer_place": array((2,), jnp.int32)}
+    asked = array((2, config.data.question_length), jnp.int32)
+    mask = array((2, config.data.question_length), bool)
+    return found | {"question_ids": asked, "image_index": asked, "question_mask": mask}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LIKE_ANOTHER else []) for path in EDITS],
+    ids=[name_of(path) for path in EDITS],
+)
+def test_step_of_a_config_has_shapes(path):
+    """The whole step, traced on shapes alone: the state keeps its own, and no metric is more than a number."""
+    config = _load(path)
+    if not all(_known(spec) for spec in config.networks.values()):
+        pytest.skip("its weights are not there yet")
+    made = stages.abstract_networks(config)
+    rules = stages.rules(config)
+    averaged = ("student",)
+    start = jax.eval_shape(
+        functools.partial(state.create, rules=rules, averaged=averaged), {name: made[name].params for name in rules}
+    )
+    frozen = {name: network.params for name, network in made.items() if name not in rules}
+    sides = config.data.buckets if "buckets" in config.data else [(64, 64)]
+    step = stages.step(config, {name: network.module for name, network in made.items()})
+    end, metrics = jax.eval_shape(step, start, frozen, _batch(config, sides[-1]), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), end) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
+    assert {"loss"} <= metrics.keys() and all(x.shape == () for x in metrics.values())
+    trained = sum(x.size for x in jax.tree.leaves(start.params["student"]))
+    if path.stem.endswith("_lora"):
+        whole = sum(x.size for x in jax.tree.leaves(made[stages.adapted(config)["student"].base].params))
+        assert trained <= 0.05 * whole
+    for name in stages.adapted(config).values():
+        assert {str(x.dtype) for x in jax.tree.leaves(frozen[name.base])} <= {"bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("path", [path for path in EDITS if path.parent.name == "zimage"], ids=name_of)
+def test_full_size_configs_are_of_the_sizes_of_the_originals(path):
+    """Parameters of each part, and one frozen copy of the denoiser where adapters are trained."""
+    config = _load(path)
+    made = stages.abstract_networks(config)
+    size = {name: sum(x.size for x in jax.tree.leaves(network.params)) for name, network in made.items()}
+    bits = {name: {x.dtype.itemsize * 8 for x in jax.tree.leaves(network.params)} for name, network in made.items()}
+    assert size["autoencoder"] == 83_819_683 and bits["autoencoder"] == {32}
+    whole = [name for name in made if size[name] == 6_154_908_736]
+    if path.stem.endswith("_lora"):
+        assert len(whole) == 1 and bits[whole[0]] == {16} and whole[0] not in config.optimizer
+    else:
+        assert "student" in whole and all(bits[name] == ({32} if name in config.optimizer else {16}) for name in whole)
+    if config.stage == "npedit":
+        assert sum(config.data.options.edit_weights.values()) == pytest.approx(1.0)
+        assert set(config.data.options.edit_weights) <= set(config.data.options.guidance)
+        tasks = config.data.tasks if "tasks" in config.data else {"": config.data}
+        assert all(task.templates in questions.TEMPLATES for task in tasks.values())
+        assert set(tasks) - {""} <= set(questions.TASK_PREFIXES)

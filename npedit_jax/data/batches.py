@@ -18,6 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from npedit_jax.data import packing
 from npedit_jax.data import questions as questions_lib
 from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer, TextTokenizer
 
@@ -107,6 +108,12 @@ class QuestionCache(dict):
         rows = [self[question.text, question.images] for question in asked]
         ids, mask, image_index, _ = (np.stack(field) for field in zip(*rows, strict=True))
         return {"question_ids": ids, "question_mask": mask, "image_index": image_index}
+
+    def packed_fields(self, asked: Sequence[questions_lib.Question], length: int) -> Sample:
+        """The prompts in one row of `length` tokens [S], and the places of their answers [Q]; see `data.packing`."""
+        row = packing.pack([self[question.text, question.images] for question in asked], length)
+        fields = {f"packed_{name}": value for name, value in row._asdict().items()}
+        return fields | {"answer_place": fields.pop("packed_answer_place")}
 
 
 class Interleave(grain.transforms.DatasetSelectionMap):

@@ -100,6 +100,7 @@ def npedit(
     guidance: Mapping[str, float],
     question_weights: tuple[float, float] = (1.0, 1.0),
     negative_prompt: str = "",
+    packed_length: int = 0,
 ) -> grain.MapDataset:
     """Reference images with instructions, edited captions and questions: never an edited image.
 
@@ -108,13 +109,16 @@ def npedit(
     bool [B, 2, S], "answer": int32 [B, 2] (1 yes, 0 no), "question_weight": float32 [B, 2], all of edit verification,
     then identity; "guidance", "dmd_weight", "identity_weight" (1 on "nothing"), "weight" (0 on a bad record):
     float32 [B]; "edit_type": int32 [B], index into easyvqa.EDIT_TYPES; "negative_ids": int32 [1, L], "negative_mask":
-    bool [1, L], of the whole batch}. With inner batches each has a leading T.
+    bool [1, L], of the whole batch}. With inner batches each has a leading T. Packed questions come as "packed_ids",
+    "packed_positions", "packed_segments", "packed_image_index": int32 [B, packed_length] and "answer_place": int32
+    [B, 2] in the place of the three "question_" and "image_index" arrays.
 
     Args:
       edit_weights: share of each edit type, in any unit; exact over a stretch of steps.
       guidance: guidance scale of the real score by edit type.
       question_weights: of edit verification and identity; "nothing" is asked the identity question alone.
       negative_prompt: what the real score is guided away from.
+      packed_length: tokens of the row that both questions are packed into; 0 gives each question a row of its own.
 
     Raises:
       ValueError: unknown edit type, or one without a guidance scale.
@@ -132,7 +136,7 @@ def npedit(
             "reference": data.images[index],
             **texts.fields("instruction", edit.instruction),
             **texts.fields("caption", easyvqa.caption(edit.target, rng)),
-            **prompts.fields(asked),
+            **(prompts.packed_fields(asked, packed_length) if packed_length else prompts.fields(asked)),
             "answer": np.array([question.answer for question in asked], np.int32),
             "question_weight": np.array((0.0 if nothing else question_weights[0], question_weights[1]), np.float32),
             "guidance": np.float32(guidance[edit_type]),

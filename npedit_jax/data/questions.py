@@ -1,8 +1,10 @@
 """What the scorer is asked: one table of question templates per task, with the answer of a good edit.
 
 A template's text may hold {instruction} and {object} (the noun of what is edited); "vqa" holds {question}, passed on.
-Two tables: EDITING in full sentences, for a pretrained scorer (meaning as in the NP-Edit release's
-`data/instruct.py`), and EASYVQA in a few lower-case words, for the small scorer with a word-level vocabulary.
+Three tables: EDITING in full sentences, for a pretrained scorer (meaning as in the NP-Edit release's
+`data/instruct.py`); CUSTOMIZATION likewise, where the reference shows a subject and the instruction asks for a new
+scene with it (the paper's second task); and EASYVQA in a few lower-case words, for the small scorer with a word-level
+vocabulary.
 """
 
 import dataclasses
@@ -75,6 +77,24 @@ EDITING: Templates = {
     "vqa": Template("{question}\nAnswer with Yes or No.", EDITED, True),
 }
 
+CUSTOMIZATION: Templates = {
+    "edit": Template(
+        "You judge whether an image shows what was asked for.\nAsked for was: {instruction}\n"
+        "Does the image show all of this?\nAnswer with Yes or No.",
+        EDITED,
+        True,
+    ),
+    "identity": Template(
+        "You compare the main subject of two images. The first image shows the subject, the second a new scene.\n"
+        "Is it the very same subject in the second image: the same shape, colours, materials and markings? Place, pose "
+        "and light may differ. A second image that merely repeats the first one does not count as a new scene: the "
+        "answer is then No.\n"
+        "Answer with Yes or No.",
+        BOTH,
+        True,
+    ),
+}
+
 EASYVQA: Templates = {
     "edit": Template("was this done: {instruction}", BOTH, True),
     "edit_remove": Template("is there a {object} or another shape in the image?", EDITED, False),
@@ -83,7 +103,14 @@ EASYVQA: Templates = {
     "vqa": Template("{question}", EDITED, True),
 }
 
-TEMPLATES: Mapping[str, Templates] = {"editing": EDITING, "easyvqa": EASYVQA}
+TEMPLATES: Mapping[str, Templates] = {"editing": EDITING, "customization": CUSTOMIZATION, "easyvqa": EASYVQA}
+
+# What an instruction begins with where one student learns several tasks; it tells the student which one is meant, and
+# neither the caption nor the scorer's questions have it.
+TASK_PREFIXES: Mapping[str, str] = {
+    "editing": "Edit this image: ",
+    "customization": "Show the subject of this image in a new scene: ",
+}
 
 # The kinds of (edit verification, identity) by edit type, where they differ from ("edit", "identity").
 _KINDS = {"remove": ("edit_remove", "identity_remove")}

@@ -9,6 +9,7 @@ Shapes: B texts, L text tokens, Q questions, S tokens of a question's prompt, T 
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -32,7 +33,52 @@ PROMPTS = {
     "qwen3": (f"{CHAT_START}user\n", f"{CHAT_END}\n{CHAT_START}assistant\n<think>\n\n</think>\n\n"),
     "plain": ("", PAD),
 }
-SCORER_SUFFIX = f"{CHAT_END}\n{CHAT_START}assistant\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How a family of scorers is asked: `start`, the images, `images_end`, the question, `suffix`.
+
+    Attributes:
+      image: what stands for one image, with its tokens at {tokens}.
+      label: what stands before each of several images, with its number at {number}.
+      image_token: stands once for every row of the image table.
+    """
+
+    image_token: str
+    start: str
+    label: str
+    image: str
+    images_end: str
+    suffix: str
+
+    def prompt(self, images: Sequence[int], text: str, image_tokens: int) -> str:
+        """The prompt of a question that shows these images."""
+        block = self.image.format(tokens=self.image_token * image_tokens)
+        labels = [self.label.format(number=1 + number) if len(images) > 1 else "" for number in range(len(images))]
+        return f"{self.start}{''.join(label + block for label in labels)}{self.images_end}{text}{self.suffix}"
+
+
+CHATS = {
+    # Neither has a system message. The NP-Edit release's `data/instruct.py`.
+    "internvl": Chat(
+        image_token=IMAGE_TOKEN,
+        start=f"{CHAT_START}user\n",
+        label="Image-{number}: ",
+        image=IMAGE_START + "{tokens}" + IMAGE_END + "\n",
+        images_end="",
+        suffix=f"{CHAT_END}\n{CHAT_START}assistant\n",
+    ),
+    # The chat template that transformers' checkpoints of LLaVA-OneVision come with: all images, then the text.
+    "llava_onevision": Chat(
+        image_token="<image>",
+        start=f"{CHAT_START}user ",
+        label="",
+        image="{tokens}",
+        images_end="\n",
+        suffix=f"{CHAT_END}{CHAT_START}assistant\n",
+    ),
+}
 # How Qwen2 cuts a text before its byte pairs (transformers.models.qwen2.tokenization_qwen2).
 _QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,10 +140,11 @@ class TextTokenizer:
 
 
 class ScorerTokenizer:
-    """InternVL's prompts for Yes/No questions about one or two images, ending just before the answer.
+    """Prompts for Yes/No questions about one or two images, ending just before the answer.
 
-    Two images: "Image-1: <img>...</img>\\nImage-2: <img>...</img>\\n{question}"; one: "<img>...</img>\\n{question}".
-    There is no system message (the NP-Edit release's `data/instruct.py`).
+    InternVL, two images: "Image-1: <img>...</img>\\nImage-2: <img>...</img>\\n{question}"; one:
+    "<img>...</img>\\n{question}". LLaVA-OneVision: "<image>...<image>...\\n{question}". Which of them follows from the
+    image tokens that the tokenizer has.
 
     Args:
       directory: as for TextTokenizer.
@@ -110,10 +157,14 @@ class ScorerTokenizer:
 
     def __init__(self, directory: epath.PathLike, image_tokens: int, length: int):
         self._tokenizer = read_tokenizer(directory)
-        _require(self._tokenizer, directory, SCORER_SPECIALS)
+        has = lambda chat: self._tokenizer.token_to_id(CHATS[chat].image_token) is not None  # noqa: E731
+        llava = has("llava_onevision") and not has("internvl")
+        self._chat = CHATS["llava_onevision" if llava else "internvl"]
+        specials = (PAD, CHAT_START, CHAT_END, self._chat.image_token) if llava else SCORER_SPECIALS
+        _require(self._tokenizer, directory, specials)
         self._pad = self._tokenizer.token_to_id(PAD)
-        self._image_token = self._tokenizer.token_to_id(IMAGE_TOKEN)
-        self._suffix_ids = _encode(self._tokenizer, SCORER_SUFFIX)
+        self._image_token = self._tokenizer.token_to_id(self._chat.image_token)
+        self._suffix_ids = _encode(self._tokenizer, self._chat.suffix)
         self.image_tokens, self.length = image_tokens, length
         self.answer_ids = (self._answer_id("No"), self._answer_id("Yes"))
 
@@ -124,7 +175,7 @@ class ScorerTokenizer:
           ValueError: words that a word-level vocabulary lacks, or a length that the images and the prompt alone exceed.
         """
         rows = [
-            _encode(self._tokenizer, self._images(question.images) + question.text + SCORER_SUFFIX)
+            _encode(self._tokenizer, self._chat.prompt(question.images, question.text, self.image_tokens))
             for question in questions
         ]
         ids, mask, cut = _pad(rows, self.length, self._suffix_ids, self._pad)
@@ -133,19 +184,14 @@ class ScorerTokenizer:
             places = ids[row] == self._image_token
             expected = len(question.images) * self.image_tokens
             if places.sum() != expected:
+                token = self._chat.image_token
                 raise ValueError(
-                    f"expected {expected} {IMAGE_TOKEN} of {len(question.images)} image(s) among the prompt's "
-                    f"{self.length} tokens; found {places.sum()}: raise the length, or take {IMAGE_TOKEN} out of it"
+                    f"expected {expected} {token} of {len(question.images)} image(s) among the prompt's "
+                    f"{self.length} tokens; found {places.sum()}: raise the length, or take {token} out of it"
                 )
             table = [image * self.image_tokens + np.arange(self.image_tokens) for image in question.images]
             image_index[row, places] = np.concatenate(table)
         return QuestionTokens(ids, mask, image_index, cut)
-
-    def _images(self, images: Sequence[int]) -> str:
-        block = IMAGE_START + IMAGE_TOKEN * self.image_tokens + IMAGE_END + "\n"
-        if len(images) == 1:
-            return f"{CHAT_START}user\n{block}"
-        return f"{CHAT_START}user\n" + "".join(f"Image-{number + 1}: {block}" for number in range(len(images)))
 
     def _answer_id(self, answer: str) -> int:
         ids = _encode(self._tokenizer, answer)

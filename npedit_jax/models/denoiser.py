@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from npedit_jax.models import layers, positions
+from npedit_jax.models import layers, lora, positions
 
 # Numbers that the original fixes in code, not in its config.
 TIME_FREQUENCIES, TIME_HIDDEN, TIME_WIDTH = 256, 1024, 256
@@ -32,9 +32,11 @@ CHOICES = {
 }
 
 
-def _dense(features: int, name: str, dtype: Any, param_dtype: Any, bias: bool = False, zero: bool = False) -> nn.Dense:
+def _dense(
+    features: int, name: str, dtype: Any, param_dtype: Any, bias: bool = False, zero: bool = False
+) -> lora.Dense:
     kernel_init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
-    return nn.Dense(features, bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name)
+    return lora.Dense(features, bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name)
 
 
 class Attention(nn.Module):

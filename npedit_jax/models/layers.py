@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from npedit_jax.models import chunked_attention
+
 # What the backward pass may keep of a block's forward pass instead of computing it again, by the name used in configs.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -46,11 +48,14 @@ def attention(
 
     Args:
       mask: bool, True where a query may look, broadcastable to [B, K, S, T]; None lets every query see every key.
-      implementation: "xla" or "cudnn" (`jax.nn.dot_product_attention`).
+      implementation: "xla" or "cudnn" (`jax.nn.dot_product_attention`), or "chunked": for long sequences on a CPU, and
+        masks that are the same for all heads (`chunked_attention`).
 
     Returns:
       [B, S, K, A] in the dtype of `q_BSKA`. A query whose mask is False everywhere gets a uniform average: finite.
     """
+    if implementation == "chunked":
+        return chunked_attention.attention(q_BSKA, k_BTGA, v_BTGA, mask)
     return jax.nn.dot_product_attention(q_BSKA, k_BTGA, v_BTGA, mask=mask, implementation=implementation)
 
 
@@ -76,7 +81,7 @@ def stack(block: type[nn.Module], layers: int, policy: str, broadcast_arguments:
     """
     scan = functools.partial(
         nn.scan,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0},  # adapters are stacked like the parameters they lie on
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * broadcast_arguments,
         length=layers,

@@ -1,321 +1,156 @@
-"""The edit stage: fake-score updates and the student's update, as one outer step.
+"""The edit stage's updates: T - 1 of the fake score, then one of the student, as one program or as separate ones.
 
-Every random draw is made in one place and handed over, so that a test can hand in its own. Networks by name: student
-(trained), fake_score (trained), real_score, autoencoder, text_encoder, scorer (frozen).
-
-Shapes: B batch, H height, W width, C channels, L text tokens, D model width, Q questions per sample, T inner batches.
+Shapes: T inner batches, each of B samples.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from npedit_jax.models.scorer import ScorerOutput
-from npedit_jax.objectives import feedback, flow, matching, unroll
-from npedit_jax.pixels import to_pixels
-from npedit_jax.sampling import Text, encode_text
+from npedit_jax.models import lora
 from npedit_jax.training import state as states
+from npedit_jax.training.edit_losses import (
+    PROBES,
+    EditSettings,
+    conditions,
+    draw,
+    draw_two_steps,
+    fake_score_loss,
+    student_loss,
+)
 from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step
 
-PROBES = ("dmd", "scorer")
-INSIDE = 1.0 - 1e-4
+Length = bool | jax.Array  # whether the unroll has a second step; a Python bool makes a program of that length alone
 
 
 @dataclasses.dataclass(frozen=True)
-class EditSettings:
-    """Numbers of the edit stage; the paper's section 3 and appendix, the release where it differs."""
+class Updates:
+    """One fake-score update and one student update, as pure functions.
 
-    times: tuple[float, ...]  # the student's times, falling from 1.0
-    max_unroll: int = 2  # 1: never a second step
-    dmd_weight: float = 1.0
-    scorer_weight: float = 0.02
-    identity_weight: float = 1.0
-    dmd_normalizer: str = "pixel"
-    dmd_low: float = 0.02
-    dmd_high: float = 0.98
-    time_shift: float = 1.0  # of DMD's and the fake score's times
-    scorer_form: str = "yes_no"
-    temperature_start: float = 0.1
-    temperature_end: float = 1.0
-    temperature_steps: int = 2000
-    scorer_clip: bool = False  # pixels beyond [-1, 1] are clipped for the scorer, yet keep their gradient
-    scorer_noise: float = 0.0  # standard deviation of the noise on the pixels that the scorer sees, in [-1, 1] units
-    ema: float = 0.999
-    skip_norm: float = 300.0
-    frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
+    Both are `(state, frozen, batch, rng, two_steps) -> (state, metrics)`; the student's also ends the outer step. They
+    differentiate what is in the state: parameters, or adapters on a frozen base.
 
-
-class StudentDraws(NamedTuple):
-    """What one student sample needs: the start, and the second step's time and noise."""
-
-    noise: jax.Array  # [B, H, W, C]
-    second_time: jax.Array  # [B]
-    second_noise: jax.Array  # [B, H, W, C]
-
-
-class LossDraws(NamedTuple):
-    """What the losses on a student sample need: time and noise of the score networks, noise on the scorer's pixels."""
-
-    time: jax.Array  # [B]
-    noise: jax.Array  # [B, H, W, C]
-    pixel_rng: jax.Array
-
-
-class Conditions(NamedTuple):
-    """What the networks are given beside the latents, none of it with a gradient."""
-
-    pixels: jax.Array  # the reference image [B, height, width, 3] in [-1, 1]
-    reference: jax.Array  # its latents [B, H, W, C]
-    instruction: Text
-    caption: Text  # of the edited image
-    negative: Text  # one prompt for the whole batch, [1, L, D]
-
-
-def draw_student(rng: jax.Array, shape: tuple[int, ...], times: tuple[float, ...]) -> StudentDraws:
-    """Draws the noises and, per sample, which of the later times the second step starts from."""
-    noise_rng, time_rng, second_rng = jax.random.split(rng, 3)
-    later = jnp.asarray(times[1:] or times, jnp.float32)
-    index = jax.random.randint(time_rng, (shape[0],), 0, later.shape[0])
-    return StudentDraws(jax.random.normal(noise_rng, shape), later[index], jax.random.normal(second_rng, shape))
-
-
-def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
-    """One draw per outer step: whether the unroll has a second step, with probability (K - 1) / K."""
-    if settings.max_unroll == 1 or len(settings.times) == 1:
-        return jnp.asarray(False)
-    return jax.random.uniform(rng) >= 1.0 / len(settings.times)
-
-
-def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> Conditions:
-    """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
-    pixels = to_pixels(batch["reference"])
-    reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
-    texts = (
-        encode_text(modules, frozen, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
-        for kind in ("instruction", "caption", "negative")
-    )
-    return jax.lax.stop_gradient(Conditions(pixels, reference, *texts))
-
-
-def edit(modules: Modules, params: Params, given: Conditions, draws: StudentDraws, *, two_steps: bool) -> jax.Array:
-    """The student's x0 [B, H, W, C] after one or two unrolled steps; gradients flow through both."""
-
-    def velocity(x_t, t):
-        return modules["student"].apply({"params": params}, x_t, t, *given.instruction, given.reference)
-
-    times = [jnp.ones_like(draws.second_time)] + [draws.second_time] * two_steps
-    return unroll.sample(velocity, draws.noise, times, [draws.second_noise] * two_steps)
-
-
-def scores(
-    modules: Modules,
-    real: Params,
-    fake: Params,
-    x0: jax.Array,
-    given: Conditions,
-    guidance: jax.Array,
-    draws: LossDraws,
-) -> tuple[jax.Array, jax.Array]:
-    """Predictions of x0 by the guided real score and by the fake score, from the same noised x0."""
-    t = draws.time
-    x_t = flow.add_noise(x0, draws.noise, t)
-    # Both prompts in one call: the frozen network runs once, at twice the batch.
-    negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (x0.shape[0], *x.shape[1:])), given.negative)
-    pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), given.caption, negative)
-    both = modules["real_score"].apply({"params": real}, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), *pair)
-    positive, other = jnp.split(both, 2)
-    real_x0 = flow.clean_from_velocity(x_t, matching.guide(positive, other, guidance), t)
-    fake_velocity = modules["fake_score"].apply({"params": fake}, x_t, t, *given.caption)
-    return real_x0, flow.clean_from_velocity(x_t, fake_velocity, t)
-
-
-def answers(modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch) -> ScorerOutput:
-    """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only."""
-    scorer, variables = modules["scorer"], {"params": params}
-    first = jax.lax.stop_gradient(scorer.apply(variables, reference[:, None], method="encode_images"))
-    second = scorer.apply(variables, edited[:, None], method="encode_images")
-    table = jnp.concatenate([first, second], axis=1)
-    return scorer.apply(
-        variables, table, batch["question_ids"], batch["question_mask"], batch["image_index"], method="answer"
-    )
-
-
-def student_loss(
-    student: Params,
-    fake: Params,
-    frozen: Mapping[str, Params],
-    modules: Modules,
-    batch: Batch,
-    given: Conditions,
-    draws: tuple[StudentDraws, LossDraws],
-    step: jax.Array,
-    settings: EditSettings,
-    *,
-    two_steps: bool,
-    probes: Mapping[str, jax.Array] | None = None,
-) -> tuple[jax.Array, Metrics]:
-    """The student's total loss and its parts, each a mean over the batch.
-
-    `probes` are zeros like x0, added to what DMD and the scorer see: their gradients are those of each loss in x0.
-    `batch["weight"]` leaves out records that could not be read; loss weights per sample come with the batch.
+    Attributes:
+      adapted: the trained networks of which only adapters are trained.
     """
-    student_draws, loss_draws = draws
-    x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
-    probes = probes or {name: 0.0 for name in PROBES}
-    weight = batch["weight"]
-    identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
-    losses = settings.identity_weight * batch["identity_weight"] * identity
-    metrics = {"loss/identity": average(identity, weight * batch["identity_weight"])}
-    if settings.dmd_weight:
-        real_x0, fake_x0 = scores(
-            modules, frozen["real_score"], fake, jax.lax.stop_gradient(x0), given, batch["guidance"], loss_draws
+
+    modules: Modules
+    rules: Rules
+    settings: EditSettings
+    adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
+
+    def fake_score(
+        self, state: states.TrainState, frozen: Mapping[str, Params], batch: Batch, rng: jax.Array, two_steps: Length
+    ) -> tuple[states.TrainState, Metrics]:
+        """Fits the fake score to what the student makes of one batch."""
+        given = conditions(self.modules, frozen, batch)
+        draws = draw(rng, given.reference.shape, self.settings, low=0.0, high=1.0)
+
+        def gradient(fake, student, *, two_steps):
+            def loss(fake):
+                networks = (self._variables("fake_score", fake, frozen), self._variables("student", student, frozen))
+                return fake_score_loss(*networks, self.modules, batch, given, draws, two_steps=two_steps)
+
+            return jax.value_and_grad(loss)(fake)
+
+        loss, gradients = _by_length(two_steps, gradient, state.params["fake_score"], state.params["student"])
+        state, metrics = self._apply(state, "fake_score", gradients)
+        return state, metrics | {"loss/fake_score": loss}
+
+    def student(
+        self, state: states.TrainState, frozen: Mapping[str, Params], batch: Batch, rng: jax.Array, two_steps: Length
+    ) -> tuple[states.TrainState, Metrics]:
+        """Updates the student on one batch, counts the step and moves the averages."""
+        given = conditions(self.modules, frozen, batch)
+        draws = draw(rng, given.reference.shape, self.settings, low=self.settings.dmd_low, high=self.settings.dmd_high)
+
+        def gradient(student, fake, *, two_steps):
+            def loss(student, probes):
+                networks = (self._variables("student", student, frozen), self._variables("fake_score", fake, frozen))
+                rest = (frozen, self.modules, batch, given, draws, state.step, self.settings)
+                return student_loss(*networks, *rest, two_steps=two_steps, probes=probes)
+
+            probes = {name: jnp.zeros_like(given.reference) for name in PROBES}
+            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(student, probes)
+
+        operands = (state.params["student"], state.params["fake_score"])
+        (_, metrics), (gradients, probes) = _by_length(two_steps, gradient, *operands)
+        state, update = self._apply(state, "student", gradients)
+        metrics |= update | {f"gradient_at_x0/{name}": optax.global_norm(probes[name]) for name in PROBES}
+        return states.finish_step(state, self.settings.ema), metrics | {"unroll": 1 + jnp.asarray(two_steps, jnp.int32)}
+
+    def _variables(self, name: str, params: Params, frozen: Mapping[str, Params]) -> lora.Variables:
+        return self.adapted[name].variables(frozen, params) if name in self.adapted else {"params": params}
+
+    def _apply(
+        self, state: states.TrainState, name: str, gradients: Params
+    ) -> tuple[states.TrainState, dict[str, jax.Array]]:
+        settings = self.settings
+        return states.apply_gradients(
+            state, name, gradients, self.rules[name], skip_norm=settings.skip_norm, frozen=settings.frozen
         )
-        dmd = matching.matching_loss(x0 + probes["dmd"], real_x0, fake_x0, normalizer=settings.dmd_normalizer)
-        losses += settings.dmd_weight * batch["dmd_weight"] * dmd
-        metrics["loss/dmd"] = average(dmd, weight)
-    if settings.scorer_weight:
-        scorer, scorer_metrics = scorer_loss(
-            modules, frozen, x0 + probes["scorer"], batch, given, loss_draws.pixel_rng, step, settings
-        )
-        losses += settings.scorer_weight * scorer
-        metrics |= scorer_metrics
-    total = average(losses, weight)
-    return total, metrics | {"loss": total}
 
 
-def average(x_B: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """Weighted mean over the batch; 0 where all weights are."""
-    return jnp.sum(x_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1e-6)
-
-
-def scorer_loss(
-    modules: Modules,
-    frozen: Mapping[str, Params],
-    x0: jax.Array,
-    batch: Batch,
-    given: Conditions,
-    pixel_rng: jax.Array | None,
-    step: jax.Array,
-    settings: EditSettings,
-) -> tuple[jax.Array, Metrics]:
-    """The scorer's loss [B] on the decoded x0, and the mean probability that it gives to the wanted answers."""
-    decoded = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, x0, method="decode")
-    if settings.scorer_noise:
-        decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
-    if settings.scorer_clip:
-        # A saturated colour often decodes beyond the range, where the scorer's own clip would stop its gradient; its
-        # clip passes only half of a gradient on the bound itself.
-        decoded += jax.lax.stop_gradient(jnp.clip(decoded, -INSIDE, INSIDE) - decoded)
-    output = answers(modules, frozen["scorer"], given.pixels, decoded, batch)
-    scale = feedback.temperature(step, settings.temperature_start, settings.temperature_end, settings.temperature_steps)
-    wanted, weight_BQ = batch["answer"], batch["question_weight"]
-    loss = feedback.answer_loss(
-        output.logits, output.logsumexp, wanted, weight_BQ, scale=scale, form=settings.scorer_form
-    )
-    yes = feedback.yes_probability(output.logits)
-    right_BQ = jnp.where(wanted > 0.5, yes, 1.0 - yes)
-    weight_BQ = weight_BQ * batch["weight"][:, None]
-    return loss, {
-        "loss/scorer": average(loss, batch["weight"]),
-        "scorer/edit": average(right_BQ[:, 0], weight_BQ[:, 0]),
-        "scorer/identity": average(right_BQ[:, 1], weight_BQ[:, 1]),
-    }
-
-
-def fake_score_loss(
-    fake: Params,
-    student: Params,
-    modules: Modules,
-    batch: Batch,
-    given: Conditions,
-    draws: tuple[StudentDraws, LossDraws],
-    *,
-    two_steps: bool,
-) -> jax.Array:
-    """Flow matching of the fake score on a fresh sample of the student (arXiv 2405.14867, section 4.2)."""
-    student_draws, loss_draws = draws
-    x0 = jax.lax.stop_gradient(edit(modules, student, given, student_draws, two_steps=two_steps))
-    x_t = flow.add_noise(x0, loss_draws.noise, loss_draws.time)
-    velocity = modules["fake_score"].apply({"params": fake}, x_t, loss_draws.time, *given.caption)
-    return average(flow.velocity_loss(velocity, x0, loss_draws.noise), batch["weight"])
-
-
-def outer_step(modules: Modules, rules: Rules, settings: EditSettings) -> Step:
+def outer_step(updates: Updates) -> Step:
     """T - 1 fake-score updates and one student update as one program.
 
     Batches carry a leading axis T; the last one is the student's. The unroll's length is one draw for all of them.
     `batch["negative_ids"]` and `["negative_mask"]` are [T, 1, L]: the same negative prompt everywhere.
     """
 
-    def apply(state, name, gradients):
-        return states.apply_gradients(
-            state, name, gradients, rules[name], skip_norm=settings.skip_norm, frozen=settings.frozen
-        )
-
-    def fake_update(state, frozen, batch, rng, two_steps):
-        given = conditions(modules, frozen, batch)
-        draws = _draw(rng, given.reference.shape, settings, low=0.0, high=1.0)
-
-        def gradient(fake, student, *, two_steps):
-            return jax.value_and_grad(fake_score_loss)(fake, student, modules, batch, given, draws, two_steps=two_steps)
-
-        loss, gradients = _by_length(two_steps, gradient, state.params["fake_score"], state.params["student"])
-        state, metrics = apply(state, "fake_score", gradients)
-        return state, metrics | {"loss/fake_score": loss}
-
-    def student_update(state, frozen, batch, rng, two_steps):
-        given = conditions(modules, frozen, batch)
-        draws = _draw(rng, given.reference.shape, settings, low=settings.dmd_low, high=settings.dmd_high)
-
-        def gradient(student, fake, *, two_steps):
-            def loss(student, probes):
-                rest = (fake, frozen, modules, batch, given, draws, state.step, settings)
-                return student_loss(student, *rest, two_steps=two_steps, probes=probes)
-
-            probes = {name: jnp.zeros_like(given.reference) for name in PROBES}
-            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(student, probes)
-
-        (_, metrics), (gradients, probes) = _by_length(
-            two_steps, gradient, state.params["student"], state.params["fake_score"]
-        )
-        state, update = apply(state, "student", gradients)
-        balance = {f"gradient_at_x0/{name}": optax.global_norm(probes[name]) for name in PROBES}
-        return state, metrics | update | balance
-
     def step(state, frozen, batches, rng):
-        length_rng, rng = jax.random.split(rng)
-        two_steps = draw_two_steps(length_rng, settings)
-        rngs = jax.random.split(rng, batches["reference"].shape[0])
+        two_steps, rngs = _split(rng, batches, updates.settings)
         inner = jax.tree.map(lambda x: x[:-1], batches)
         last = jax.tree.map(lambda x: x[-1], batches)
         fake_metrics = {}
         if len(rngs) > 1:
             state, fake_metrics = jax.lax.scan(
-                lambda carry, item: fake_update(carry, frozen, *item, two_steps), state, (inner, rngs[:-1])
+                lambda carry, item: updates.fake_score(carry, frozen, *item, two_steps), state, (inner, rngs[:-1])
             )
-        state, metrics = student_update(state, frozen, last, rngs[-1], two_steps)
-        metrics |= jax.tree.map(lambda x: x[-1], fake_metrics)
-        return states.finish_step(state, settings.ema), metrics | {"unroll": 1 + two_steps.astype(jnp.int32)}
+        state, metrics = updates.student(state, frozen, last, rngs[-1], two_steps)
+        return state, metrics | jax.tree.map(lambda x: x[-1], fake_metrics)
 
     return step
 
 
-def _draw(
-    rng: jax.Array, shape: tuple[int, ...], settings: EditSettings, *, low: float, high: float
-) -> tuple[StudentDraws, LossDraws]:
-    """All draws of one update; the score networks' times are drawn from [low, high), then shifted."""
-    student_rng, time_rng, noise_rng, pixel_rng = jax.random.split(rng, 4)
-    time = flow.uniform_times(time_rng, shape[0], low, high, settings.time_shift)
-    losses = LossDraws(time, jax.random.normal(noise_rng, shape), pixel_rng)
-    return draw_student(student_rng, shape, settings.times), losses
+def separate_steps(updates: Updates) -> Step:
+    """The same outer step as a program per update, for devices on which one program of all is too large.
+
+    The result is not to be compiled as a whole: it compiles each update, and each length of the unroll, by itself, and
+    takes the state over (its buffers are donated). The same draws are made as in `outer_step`.
+    """
+    fake_update, student_update = (
+        jax.jit(update, static_argnames="two_steps", donate_argnums=0)
+        for update in (updates.fake_score, updates.student)
+    )
+
+    def step(state, frozen, batches, rng):
+        two_steps, rngs = _split(rng, batches, updates.settings)
+        two_steps = bool(jax.device_get(two_steps))
+        take = lambda number: jax.tree.map(lambda x: x[number], batches)  # noqa: E731
+        metrics = {}
+        for number in range(len(rngs) - 1):
+            state, metrics = fake_update(state, frozen, take(number), rngs[number], two_steps=two_steps)
+        state, student_metrics = student_update(state, frozen, take(-1), rngs[-1], two_steps=two_steps)
+        return state, student_metrics | metrics
+
+    return step
 
 
-def _by_length(two_steps: jax.Array, gradient: Callable[..., Any], *operands: Any) -> Any:
+def _split(rng: jax.Array, batches: Batch, settings: EditSettings) -> tuple[jax.Array, jax.Array]:
+    """The length of the unroll, and a key for each inner batch [T]."""
+    length_rng, rng = jax.random.split(rng)
+    return draw_two_steps(length_rng, settings), jax.random.split(rng, batches["reference"].shape[0])
+
+
+def _by_length(two_steps: Length, gradient: Callable[..., Any], *operands: Any) -> Any:
     """Runs the gradient of the drawn length; the condition stands outside, so that one length's residuals are kept."""
+    if isinstance(two_steps, bool):
+        return gradient(*operands, two_steps=two_steps)
     branches = (functools.partial(gradient, two_steps=length) for length in (True, False))
     return jax.lax.cond(two_steps, *branches, *operands)

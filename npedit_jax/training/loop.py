@@ -43,7 +43,7 @@ def run(
         logging.info("resumed from step %d", start)
     log = telemetry.MetricsLog(workdir, restored_step=start)
 
-    step_function = jax.jit(stage.step, donate_argnums=0)
+    step_function = stage.program()
     _, base_rng = jax.random.split(jax.random.key(config.seed))  # the other half made the initial weights
     pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     with telemetry.progress(config.steps, start, config.stage) as bar:

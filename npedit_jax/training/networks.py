@@ -1,6 +1,7 @@
 """The networks of a run, from a config's `networks`: built and initialised, or loaded with their weights."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from npedit_jax import weights
-from npedit_jax.weights import kinds
-from npedit_jax.weights.loading import read_config
+from npedit_jax.models import lora
+from npedit_jax.weights import adapters, kinds, published
+from npedit_jax.weights.loading import Shardings, read_config
 
 PACKAGE = "package:"
 
@@ -41,33 +43,94 @@ def shapes(kind: str, module: nn.Module) -> Any:
 
 
 def module_of(spec: Mapping[str, Any]) -> nn.Module:
-    """The module of a config's network, without any weights."""
-    architecture = read_config(resolve(spec["directory"])) if spec["directory"] else plain(spec["architecture"])
-    return weights.build(spec["kind"], architecture, **dict(spec["options"]))
+    """The module of a config's network, without any weights.
+
+    Of a published checkpoint not even its directory need be there, see `weights.published`.
+    """
+    return weights.build(spec["kind"], _architecture(spec), **module_options(spec))
 
 
-def create(spec: Mapping[str, Any], rng: jax.Array, dtype: str = "float32") -> Network:
+def module_options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a config's network as fields of its module: types as types, not as their names."""
+    options = dict(spec["options"])
+    return options | {key: jnp.dtype(options[key]) for key in ("dtype", "param_dtype") if key in options}
+
+
+def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
+    if not spec["directory"]:
+        return plain(spec["architecture"])
+    directory = resolve(spec["directory"])
+    if not (directory / "config.json").exists() and (known := published.architecture(spec["directory"])):
+        return known
+    return read_config(directory)
+
+
+def create(
+    spec: Mapping[str, Any], rng: jax.Array | None, dtype: str | None = "float32", shardings: Shardings = None
+) -> Network:
     """Makes one network of a config.
 
     Args:
-      spec: `kind`, a name that `npedit_jax.weights` knows; `directory`, where its weights are, or "" for fresh ones;
-        `architecture`, its config.json as a dictionary, used where there is no directory; `options`, fields of the
-        module that are not part of the weights (remat policy, attention implementation).
+      spec: `kind`, a name that `npedit_jax.weights` knows; `directory`, where its weights are, as on Hugging Face or
+        converted, or "" for fresh ones; `architecture`, its config.json as a dictionary, used where there is no
+        directory; `options`, fields of the module that are not part of the weights (remat policy, attention
+        implementation).
       rng: for fresh weights.
-      dtype: of loaded weights.
+      dtype: of loaded weights, None for as they are stored.
+      shardings: where loaded weights go, see `weights.load`.
 
     Raises:
       ValueError: both or neither of directory and architecture are given.
     """
-    options, directory = dict(spec["options"]), spec["directory"]
+    options, directory = module_options(spec), spec["directory"]
     if bool(directory) == bool(spec["architecture"]):
         raise ValueError(
             f"network of kind {spec['kind']!r}: give either a directory with weights or an architecture to start from"
         )
     if directory:
-        return Network(*weights.load(spec["kind"], resolve(directory), dtype=dtype, **options))
+        # The module's own `dtype` is that of its computations, `load`'s that of the weights.
+        compute = options.pop("dtype", None)
+        return Network(
+            *weights.load(spec["kind"], resolve(directory), dtype, shardings, compute_dtype=compute, **options)
+        )
     module = module_of(spec)
     return Network(module, initialise(spec["kind"], module, rng))
+
+
+def adapt(
+    spec: Mapping[str, Any],
+    base: Mapping[str, Any],
+    rng: jax.Array,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    start: str,
+) -> Network:
+    """Makes a network of which adapters are trained: a module, and the adapters in the place of parameters.
+
+    Args:
+      spec: of the network; its directory or architecture is its base's, its options are its own.
+      base: the spec of the frozen network that the adapters lie on.
+      rng: for fresh adapters.
+      rank, alpha, targets: of the adapters, see `lora.create` and `lora.scaled`.
+      start: directory of adapters to start from, as `weights.adapters` writes them; "" for fresh ones.
+
+    Raises:
+      ValueError: another directory or architecture than the base's, or adapters that do not fit.
+    """
+    for field in ("kind", "directory", "architecture"):
+        own, of_base = json.dumps(plain(spec)[field]), json.dumps(plain(base)[field])
+        if own != of_base:
+            raise ValueError(
+                f"adapters lie on the weights of their base: {field} is {own} for the network and {of_base} for its "
+                "base; give both the same"
+            )
+    module = module_of(spec)
+    made = lora.create(rng, shapes(spec["kind"], module), rank=rank, patterns=targets)
+    if start:
+        made = adapters.load(resolve(start), spec["kind"], module, like=made, alpha=alpha)
+    return Network(module, made)
 
 
 def plain(config: Any) -> Any:

@@ -43,7 +43,8 @@ class Previews:
             return
         if self._make is None:
             self._batch = first_batch(stage)
-            self._make = jax.jit(PREVIEWS[self._config.stage](stage, self._config))
+            make = PREVIEWS[self._config.stage](stage, self._config)
+            self._make = jax.jit(lambda params, *rest: make(stage.merged(params), *rest))
         rows = self._make({**frozen, **state.ema}, self._batch, jax.random.key(0))
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"step-{step:07d}.png").open("wb") as file:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from npedit_jax.models import lora
 from npedit_jax.objectives import feedback, flow
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import state as states
@@ -29,15 +30,20 @@ def _train(
     *,
     ema: float,
     skip_norm: float,
+    skip_from: int = 0,
     frozen_names: tuple[str, ...] = (),
 ) -> Step:
-    """One gradient step on every trained network of a stage: `loss(params, frozen, batch, rng) -> (loss, metrics)`."""
+    """One gradient step on every trained network of a stage: `loss(params, frozen, batch, rng) -> (loss, metrics)`.
+
+    A gradient norm above `skip_norm` is left out from step `skip_from` on; one that is not finite always is.
+    """
 
     def step(state, frozen, batch, rng):
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
+        limit = jnp.where(state.step >= skip_from, skip_norm, jnp.inf) if skip_from else skip_norm
         for name, rule in rules.items():
             state, update = states.apply_gradients(
-                state, name, gradients[name], rule, skip_norm=skip_norm, frozen=frozen_names
+                state, name, gradients[name], rule, skip_norm=limit, frozen=frozen_names
             )
             metrics |= update
         return states.finish_step(state, ema), metrics
@@ -71,7 +77,7 @@ def autoencoder_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: f
 
 def flow_loss(
     denoiser: nn.Module,
-    params: Params,
+    variables: lora.Variables,
     latents: jax.Array,
     text: tuple[jax.Array, jax.Array],
     rng: jax.Array,
@@ -84,6 +90,7 @@ def flow_loss(
     """Flow matching loss per sample, [B].
 
     Args:
+      variables: what the denoiser is applied with.
       text: hidden states [B, L, D] and their mask [B, L].
       weighting: of the loss over time, a name of `flow.LOSS_WEIGHTS`.
       endpoint: share of samples trained at t = 1, where the few-step sampler starts.
@@ -95,7 +102,7 @@ def flow_loss(
     if endpoint:
         t = flow.with_endpoint(end_rng, t, endpoint)
     noise = jax.random.normal(noise_rng, latents.shape)
-    velocity = denoiser.apply({"params": params}, flow.add_noise(latents, noise, t), t, *text, reference)
+    velocity = denoiser.apply(variables, flow.add_noise(latents, noise, t), t, *text, reference)
     return flow.velocity_loss(velocity, latents, noise) * flow.LOSS_WEIGHTS[weighting](t)
 
 
@@ -112,7 +119,7 @@ def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, *
         )
         losses = flow_loss(
             modules["denoiser"],
-            networks["denoiser"],
+            {"params": networks["denoiser"]},
             latents,
             (text, batch["caption_mask"]),
             rng,
@@ -124,13 +131,24 @@ def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, *
 
 
 def student_flow_step(
-    modules: Modules, rules: Rules, *, target: str, text: str, ema: float, skip_norm: float, **flow_settings: Any
+    modules: Modules,
+    rules: Rules,
+    *,
+    target: str,
+    text: str,
+    ema: float,
+    skip_norm: float,
+    skip_from: int = 0,
+    adapted: lora.Adapted | None = None,
+    **flow_settings: Any,
 ) -> Step:
     """Flow matching of the student on known targets.
 
     Args:
       target: the image to come to: "reference" teaches the student to copy (the warm-up), "target" needs pairs.
       text: what the student is told: "caption" or "instruction".
+      skip_from: step from which on a gradient norm above `skip_norm` is skipped.
+      adapted: where adapters are trained in the place of the student's parameters.
     """
 
     def loss(params, frozen, batch, rng):
@@ -143,7 +161,7 @@ def student_flow_step(
         )
         losses = flow_loss(
             modules["student"],
-            params["student"],
+            adapted.variables(frozen, params["student"]) if adapted else {"params": params["student"]},
             latents,
             (hidden, batch[f"{text}_mask"]),
             rng,
@@ -153,7 +171,8 @@ def student_flow_step(
         return jnp.mean(losses), {"loss": jnp.mean(losses)}
 
     # The pad tokens are the base model's: the student shares them with the score networks.
-    return _train(loss, rules, ema=ema, skip_norm=skip_norm, frozen_names=("x_pad_token", "cap_pad_token"))
+    pad_tokens = ("x_pad_token", "cap_pad_token")
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm, skip_from=skip_from, frozen_names=pad_tokens)
 
 
 def scorer_step(

@@ -7,7 +7,7 @@ import pytest
 from npedit_jax.data import questions
 
 
-@pytest.mark.parametrize("task", questions.TEMPLATES)
+@pytest.mark.parametrize("task", ["editing", "easyvqa"])
 def test_tasks_hold_the_same_kinds_with_the_same_meaning(task):
     table = questions.templates(task)
     assert {kind: (template.images, template.answer) for kind, template in table.items()} == {
@@ -19,9 +19,22 @@ def test_tasks_hold_the_same_kinds_with_the_same_meaning(task):
     }
 
 
+def test_customization_asks_for_the_prompt_in_the_edit_alone_and_for_the_subject_in_both():
+    table = questions.templates("customization")
+    edit, identity = questions.edit_questions(table, "customization", instruction="the mug on a beach", object="mug")
+    assert (edit.images, edit.answer) == ((1,), 1.0) and "the mug on a beach" in edit.text
+    assert (identity.images, identity.answer) == ((0, 1), 1.0) and "beach" not in identity.text
+    assert "same subject" in identity.text
+
+
+def test_every_task_of_full_size_has_a_prefix_of_its_own():
+    assert questions.TASK_PREFIXES.keys() == {"editing", "customization"} <= questions.TEMPLATES.keys()
+    assert len(set(questions.TASK_PREFIXES.values())) == 2
+
+
 def test_remove_never_shows_the_instruction():
     # Asked whether the instruction was done, a scorer answers Yes to "remove" too easily: it is asked for the object.
-    for table in questions.TEMPLATES.values():
+    for table in (questions.EDITING, questions.EASYVQA):
         for kind in ("edit_remove", "identity_remove"):
             gaps = {name for _, name, _, _ in string.Formatter().parse(table[kind].text) if name}
             assert gaps == {"object"}

@@ -52,6 +52,26 @@ def test_image_index_names_every_row_of_the_images_shown():
         assert rows[rows >= 0].tolist() == list(range(16 if item["images"] == [1] else 0, 32))
 
 
+def test_llava_prompts_show_all_images_before_the_text(tmp_path):
+    specials = (tokenize.PAD, tokenize.CHAT_START, tokenize.CHAT_END, "<image>")
+    words = ["user assistant", "is it there?"]
+    directory = tokenize.build_word_tokenizer(words, specials, tmp_path, answers=("No", "Yes")) and tmp_path
+    tokenizer = tokenize.ScorerTokenizer(directory, image_tokens=3, length=24)
+    asked = [questions.Question("edit", "is it there?", images, 1.0) for images in ((0, 1), (1,))]
+    tokens = tokenizer(asked)
+    name = tokenizer._tokenizer.id_to_token
+    ends = ["is", "it", "there", "?", tokenize.CHAT_END, tokenize.CHAT_START, "assistant"]
+    for row, (count, first) in enumerate(((2, 0), (1, 3))):
+        expected = [tokenize.CHAT_START, "user", *["<image>"] * 3 * count, *ends]
+        assert [name(i) for i in tokens.ids[row][tokens.mask[row]]] == expected
+        index = tokens.image_index[row]
+        assert index[index >= 0].tolist() == list(range(first, 6))
+    # What follows the user's name, and the end of the turn, in the text itself.
+    assert tokenize.CHATS["llava_onevision"].prompt((0, 1), "Q?", 2) == (
+        "<|im_start|>user <image><image><image><image>\nQ?<|im_end|><|im_start|>assistant\n"
+    )
+
+
 def test_a_long_text_loses_its_end_and_keeps_the_prompt():
     long = PROMPTS["text"][2]
     whole = long["ids"]

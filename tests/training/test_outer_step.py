@@ -1,6 +1,8 @@
 """The outer step as a whole, on networks of a few hundred parameters: what moves, what stays, what is reported."""
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,122 +10,41 @@ import numpy as np
 import optax
 import pytest
 
-from npedit_jax import weights
-from npedit_jax.training import edit_step, networks, state
+from npedit_jax.training import edit_losses, edit_step, optimizer, state
+from npedit_jax.training.edit_losses import EditSettings
+from tests.training.tiny_networks import INNER, batches, parts
 
-SETTINGS = edit_step.EditSettings(times=(1.0, 0.5), scorer_weight=0.5, skip_norm=1e9)
-BATCH, INNER, TEXT, QUESTION = 2, 3, 4, 12
-DENOISER = dict(
-    in_channels=2,
-    dim=8,
-    n_layers=1,
-    n_refiner_layers=1,
-    n_heads=1,
-    cap_feat_dim=8,
-    axes_dims=(4, 2, 2),
-    axes_lens=(64, 8, 8),
-    npedit=dict(pad_multiple=4),
-)
-LANGUAGE = dict(
-    vocab_size=11,
-    hidden_size=8,
-    intermediate_size=8,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-    hidden_act="silu",
-)
-SPECS = {
-    "autoencoder": (
-        "autoencoder",
-        dict(
-            block_out_channels=(4, 4),
-            layers_per_block=1,
-            latent_channels=2,
-            norm_num_groups=2,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-    ),
-    "text_encoder": ("qwen3", LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8)),
-    "scorer": (
-        "internvl",
-        dict(
-            model_type="internvl_chat",
-            downsample_ratio=0.5,
-            ps_version="v2",
-            select_layer=-1,
-            vision_config=dict(
-                hidden_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=1,
-                intermediate_size=8,
-                patch_size=4,
-                image_size=8,
-                layer_norm_eps=1e-6,
-                norm_type="layer_norm",
-                hidden_act="gelu",
-                qkv_bias=True,
-                qk_normalization=False,
-            ),
-            llm_config=LANGUAGE | dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_hidden_layers=1),
-            npedit=dict(answer_ids=(1, 2)),
-        ),
-    ),
-    "student": ("zimage", DENOISER),
-    "real_score": ("zimage", DENOISER),
-    "fake_score": ("zimage", DENOISER),
-}
+SETTINGS = EditSettings(times=(1.0, 0.5), scorer_weight=0.5, skip_norm=1e9)
 
 
-@functools.cache
-def parts() -> tuple[dict, dict]:
-    """Modules, and parameters full of noise: a fresh network's output layer is zero and passes no gradient on."""
-    modules = {name: weights.build(kind, networks.plain(config)) for name, (kind, config) in SPECS.items()}
-    rng = np.random.default_rng(0)
-    noise = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32)  # noqa: E731
-    params = {name: jax.tree.map(noise, networks.shapes(SPECS[name][0], module)) for name, module in modules.items()}
-    return modules, params
+class Recorded(NamedTuple):
+    """The gradients of the last update, as they were before the optimizer."""
+
+    gradients: dict
 
 
-def batches() -> dict[str, jax.Array]:
-    rng = np.random.default_rng(1)
-    shape = (INNER, BATCH)
-    ids = lambda *s: rng.integers(3, 11, s).astype(np.int32)  # noqa: E731
-    index = np.broadcast_to(np.r_[0, 1, np.full(QUESTION - 2, -1)], (*shape, 2, QUESTION))
-    return {
-        "reference": rng.integers(0, 256, (*shape, 8, 8, 3)).astype(np.uint8),
-        "instruction_ids": ids(*shape, TEXT),
-        "instruction_mask": np.ones((*shape, TEXT), bool),
-        "caption_ids": ids(*shape, TEXT),
-        "caption_mask": np.ones((*shape, TEXT), bool),
-        "negative_ids": ids(INNER, 1, TEXT),
-        "negative_mask": np.ones((INNER, 1, TEXT), bool),
-        "question_ids": ids(*shape, 2, QUESTION),
-        "question_mask": np.ones((*shape, 2, QUESTION), bool),
-        "image_index": index.astype(np.int32),
-        "answer": np.ones((*shape, 2), np.int32),
-        "question_weight": np.ones((*shape, 2), np.float32),
-        "guidance": np.full(shape, 2.0, np.float32),
-        "dmd_weight": np.ones(shape, np.float32),
-        "identity_weight": np.zeros(shape, np.float32),
-        "weight": np.ones(shape, np.float32),
-    }
+def recording() -> optax.GradientTransformation:
+    """Leaves gradients as they are and keeps them in its state."""
+    return optax.GradientTransformation(
+        lambda params: Recorded(jax.tree.map(jnp.zeros_like, params)),
+        lambda gradients, state, params=None: (gradients, Recorded(gradients)),
+    )
+
+
+def make_updates():
+    """The updates, a state to start from, and the frozen parameters."""
+    modules, params = parts()
+    adam = optimizer.build("adam", learning_rate=2e-5, b1=0.0, b2=0.9, clip_norm=2.0)
+    rules = {name: optax.chain(recording(), adam) for name in ("student", "fake_score")}
+    trained = {name: params[name] for name in rules}
+    frozen = {name: value for name, value in params.items() if name not in rules}
+    return edit_step.Updates(modules, rules, SETTINGS), state.create(trained, rules, ("student",)), frozen
 
 
 @functools.cache
 def stepper():
-    modules, params = parts()
-    rules = {name: optax.sgd(1e-4) for name in ("student", "fake_score")}
-    trained = {name: params[name] for name in rules}
-    frozen = {name: value for name, value in params.items() if name not in rules}
-    step = jax.jit(edit_step.outer_step(modules, rules, SETTINGS))
-    return step, state.create(trained, rules, ("student",)), frozen
+    updates, start, frozen = make_updates()
+    return jax.jit(edit_step.outer_step(updates)), start, frozen
 
 
 def change(before, after) -> dict[str, float]:
@@ -169,3 +90,63 @@ def test_a_batch_that_is_not_a_number_is_skipped_and_counted(place):
     name = "student" if place else "fake_score"
     assert int(end.skipped[name]) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(end.params))
+
+
+def copy(tree):
+    """The separate programs take their state over; the tests go on using it."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def assert_close(found, expected, tolerance):
+    """Each array to a tolerance relative to its norm, above rounding of the whole tree's."""
+    norm = np.sqrt(sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(expected)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.linalg.norm(a - b) <= tolerance * (jnp.linalg.norm(b) + 1e-3 * norm)
+
+
+def test_separate_steps_are_the_one_program_over_five_steps():
+    """Gradients before the optimizer at the first step of each length, losses at all; rate 2e-5, fixed keys."""
+    one, start, frozen = stepper()
+    separate = edit_step.separate_steps(make_updates()[0])
+    expected_state, found_state, lengths = copy(start), copy(start), set()
+    for seed in range(5):
+        arguments = (frozen, batches(), jax.random.key(seed))
+        expected_state, expected = one(expected_state, *arguments)
+        found_state, found = separate(found_state, *arguments)
+        assert found.keys() == expected.keys()
+        assert found["unroll"] == expected["unroll"]
+        for name in ("loss", "loss/dmd", "loss/scorer", "loss/identity", "loss/fake_score"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+        if int(found["unroll"]) not in lengths:
+            for name in ("student", "fake_score"):
+                gradients = (s.optimizer[name][0].gradients for s in (found_state, expected_state))
+                assert_close(*gradients, 1e-5)
+        lengths.add(int(found["unroll"]))
+    assert lengths == {1, 2}
+    assert int(found_state.step) == 5
+
+
+def test_decoupled_dmd_with_one_time_and_noise_is_the_usual():
+    modules, params = parts()
+    batch = jax.tree.map(lambda x: x[-1], batches())
+    given = edit_losses.conditions(modules, params, batch)
+    usual = edit_losses.draw(jax.random.key(0), given.reference.shape, SETTINGS, low=0.02, high=0.98)[1]
+    x0 = jax.random.normal(jax.random.key(1), given.reference.shape)
+
+    def gradient(draws, **changes):
+        settings = dataclasses.replace(SETTINGS, **changes)
+        loss = lambda x: jnp.sum(  # noqa: E731
+            edit_losses.dmd_loss(modules, params["real_score"], fake, x, given, batch["guidance"], draws, settings)
+        )
+        return jax.jit(jax.value_and_grad(loss))(x0)
+
+    fake = {"params": params["fake_score"]}
+    same = usual._replace(guidance_time=usual.time, guidance_noise=usual.noise)
+    expected = gradient(usual)
+    assert_close(gradient(same, decoupled=True), expected, 2e-5)
+    own = edit_losses.draw(
+        jax.random.key(0), given.reference.shape, dataclasses.replace(SETTINGS, decoupled=True), low=0.02, high=0.98
+    )[1]
+    np.testing.assert_array_equal(own.time, usual.time)  # the option leaves every other draw as it was
+    np.testing.assert_array_equal(own.noise, usual.noise)
+    assert not np.allclose(gradient(own, decoupled=True)[1], expected[1])

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from npedit_jax import weights
 from npedit_jax.objectives import unroll
-from npedit_jax.training import edit_step
-from npedit_jax.training.edit_step import Conditions, EditSettings, LossDraws, StudentDraws
+from npedit_jax.training import edit_losses
+from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws, StudentDraws
 from npedit_jax.weights.kinds import kind_module
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -124,8 +124,17 @@ def case(name: str) -> Case:
 @functools.partial(jax.jit, static_argnames="two_steps")
 def student_gradients(params, given, batch, draws, step, two_steps):
     modules, _ = networks()
-    loss = lambda student: edit_step.student_loss(  # noqa: E731
-        student, params["fake_score"], params, modules, batch, given, draws, step, SETTINGS, two_steps=two_steps
+    loss = lambda student: edit_losses.student_loss(  # noqa: E731
+        {"params": student},
+        {"params": params["fake_score"]},
+        params,
+        modules,
+        batch,
+        given,
+        draws,
+        step,
+        SETTINGS,
+        two_steps=two_steps,
     )
     return jax.value_and_grad(loss, has_aux=True)(params["student"])
 
@@ -133,8 +142,8 @@ def student_gradients(params, given, batch, draws, step, two_steps):
 @functools.partial(jax.jit, static_argnames="two_steps")
 def fake_gradients(params, given, batch, draws, two_steps):
     modules, _ = networks()
-    loss = lambda fake: edit_step.fake_score_loss(  # noqa: E731
-        fake, params["student"], modules, batch, given, draws, two_steps=two_steps
+    loss = lambda fake: edit_losses.fake_score_loss(  # noqa: E731
+        {"params": fake}, {"params": params["student"]}, modules, batch, given, draws, two_steps=two_steps
     )
     return jax.value_and_grad(loss)(params["fake_score"])
 
@@ -241,16 +250,16 @@ def test_sampler_equals_the_release(eta):
 
 
 def test_second_time_is_drawn_per_sample_among_the_later_times():
-    draws = edit_step.draw_student(jax.random.key(0), (4000, 1, 1, 1), TIMES)
+    draws = edit_losses.draw_student(jax.random.key(0), (4000, 1, 1, 1), TIMES)
     values, counts = np.unique(np.asarray(draws.second_time), return_counts=True)
     np.testing.assert_allclose(values, sorted(TIMES[1:]), rtol=1e-6)
     assert counts.min() > 1200
 
 
 def test_two_steps_are_drawn_in_three_of_four_outer_steps():
-    drawn = [bool(edit_step.draw_two_steps(jax.random.key(i), SETTINGS)) for i in range(400)]
+    drawn = [bool(edit_losses.draw_two_steps(jax.random.key(i), SETTINGS)) for i in range(400)]
     assert abs(np.mean(drawn) - 0.75) < 0.07
-    assert not edit_step.draw_two_steps(jax.random.key(0), dataclasses.replace(SETTINGS, max_unroll=1))
+    assert not edit_losses.draw_two_steps(jax.random.key(0), dataclasses.replace(SETTINGS, max_unroll=1))
 
 
 def test_clip_for_the_scorer_keeps_the_gradient_of_pixels_out_of_range():
@@ -261,7 +270,7 @@ def test_clip_for_the_scorer_keeps_the_gradient_of_pixels_out_of_range():
     params = params | {"autoencoder": params["autoencoder"] | {"decoder": decoder | {"conv_out": loud}}}
 
     def gradient(settings):
-        loss = lambda x: edit_step.scorer_loss(  # noqa: E731
+        loss = lambda x: edit_losses.scorer_loss(  # noqa: E731
             modules, params, x, run.batch, run.given, None, run.step, settings
         )[0].sum()
         return jax.jit(jax.value_and_grad(loss))(run.given.reference)

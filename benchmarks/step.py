@@ -1,0 +1,275 @@
+"""Time of the edit stage's two gradients on a mid-size configuration: `python benchmarks/step.py`.
+
+The student's loss and the fake score's, forward and backward, for both lengths of the unroll: compiled, warm, float32,
+batch 1, random weights. Encoding the reference, the text encoder and the optimizer are left out. Prints, per program,
+seconds, FLOPs of its matrix products and convolutions, their share of the measured peak of a matrix product, and the
+memory of its temporaries; `--parts` also times the pieces by themselves, `--trace DIR` writes a profile.
+"""
+
+import argparse
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from npedit_jax import weights
+from npedit_jax.training import edit_losses, networks
+from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws, StudentDraws
+
+LATENTS, PIXELS = (1, 64, 64, 16), (1, 512, 512, 3)
+TEXT_WIDTH = 256
+TEXTS = {"instruction": (90, 96), "caption": (100, 128), "negative": (40, 128)}  # tokens, padded length
+IMAGE_TOKENS = 256
+EDIT_QUESTION, IDENTITY_QUESTION = 924, 743  # tokens
+SHARED = 540  # of both questions: two images and the words around them
+DENOISER = dict(
+    in_channels=16,
+    dim=256,
+    n_layers=6,
+    n_refiner_layers=2,
+    n_heads=8,
+    cap_feat_dim=TEXT_WIDTH,
+    axes_dims=[8, 12, 12],
+    axes_lens=[1536, 512, 512],
+)
+AUTOENCODER = dict(
+    block_out_channels=[16, 32, 32, 32],
+    layers_per_block=1,
+    latent_channels=16,
+    norm_num_groups=8,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    mid_block_add_attention=True,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+SCORER = dict(
+    model_type="internvl_chat",
+    downsample_ratio=0.5,
+    vision_config=dict(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        intermediate_size=1024,
+        patch_size=14,
+        image_size=448,
+        qkv_bias=True,
+    ),
+    llm_config=dict(
+        architectures=["Qwen2ForCausalLM"],
+        model_type="qwen2",
+        vocab_size=304,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    npedit=dict(answer_ids=[1, 2]),
+)
+KINDS = {
+    "student": ("zimage", DENOISER),
+    "fake_score": ("zimage", DENOISER),
+    "real_score": ("zimage", DENOISER),
+    "autoencoder": ("autoencoder", AUTOENCODER),
+    "scorer": ("internvl", SCORER),
+}
+SETTINGS = EditSettings(times=(1.0, 0.9474, 0.8571, 0.6667))
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape: int, scale: float = 1.0) -> jax.Array:
+    """Standard normal numbers, scaled."""
+    return jnp.asarray(scale * RNG.normal(size=shape), jnp.float32)
+
+
+def build(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Modules, and random parameters that keep activations finite."""
+    modules = {}
+    for name, (kind, config) in KINDS.items():
+        chosen = {key: value for key, value in options.items() if (key, kind) != ("implementation", "autoencoder")}
+        modules[name] = weights.build(kind, config, **chosen)
+    shapes = {name: networks.shapes(KINDS[name][0], module) for name, module in modules.items()}
+    draw = lambda x: noise(*x.shape, scale=1.0 / math.sqrt(max(1, math.prod(x.shape[-2:-1]))))  # noqa: E731
+    return modules, jax.tree.map(draw, shapes)
+
+
+def conditions() -> Conditions:
+    """A reference image, its latents, and the hidden states of three texts."""
+    texts = [(noise(1, padded, TEXT_WIDTH), jnp.arange(padded)[None] < tokens) for tokens, padded in TEXTS.values()]
+    return Conditions(noise(*PIXELS, scale=0.3), noise(*LATENTS), *texts)
+
+
+def questions(packed: bool) -> dict[str, jax.Array]:
+    """Both questions about two images, packed into one row or in a row each."""
+    lengths, images = (EDIT_QUESTION, IDENTITY_QUESTION), np.arange(2 * IMAGE_TOKENS)
+    if not packed:
+        places = np.arange(EDIT_QUESTION)
+        index = np.where((places >= 8) & (places < 8 + images.size), places - 8, -1)
+        return {
+            "question_ids": jnp.full((1, 2, EDIT_QUESTION), 5),
+            "question_mask": jnp.asarray([[places < length for length in lengths]]),
+            "image_index": jnp.asarray([[index, index]]),
+        }
+    own = [length - SHARED for length in lengths]
+    index = np.full(SHARED + sum(own), -1)
+    index[8 : 8 + images.size] = images
+    row = lambda parts: jnp.asarray(np.concatenate(parts))[None]  # noqa: E731
+    return {
+        "packed_ids": jnp.full((1, len(index)), 5),
+        "packed_positions": row([np.arange(SHARED), *(SHARED + np.arange(count) for count in own[::-1])]),
+        "packed_segments": row([np.zeros(SHARED, int), np.full(own[1], 2), np.full(own[0], 1)]),
+        "packed_image_index": jnp.asarray(index)[None],
+        "answer_place": jnp.asarray([[len(index) - 1, SHARED + own[1] - 1]]),
+    }
+
+
+def programs(modules: Mapping[str, Any], packed: bool) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """The four gradients by name, with arguments other than the parameters."""
+    one = jnp.ones((1,))
+    batch = questions(packed) | {"answer": jnp.ones((1, 2)), "question_weight": jnp.ones((1, 2)), "guidance": 3.5 * one}
+    batch |= {"dmd_weight": one, "identity_weight": 0.0 * one, "weight": one}
+    draws = (StudentDraws(noise(*LATENTS), 0.8571 * one, noise(*LATENTS)), LossDraws(0.4 * one, noise(*LATENTS), None))
+
+    def student(params, given, batch, draws, *, two_steps):
+        rest = (params, modules, batch, given, draws, jnp.asarray(500), SETTINGS)
+        loss = lambda student: edit_losses.student_loss(  # noqa: E731
+            {"params": student}, {"params": params["fake_score"]}, *rest, two_steps=two_steps
+        )
+        return jax.value_and_grad(loss, has_aux=True)(params["student"])
+
+    def fake_score(params, given, batch, draws, *, two_steps):
+        rest = ({"params": params["student"]}, modules, batch, given, draws)
+        loss = lambda fake: edit_losses.fake_score_loss({"params": fake}, *rest, two_steps=two_steps)  # noqa: E731
+        return jax.value_and_grad(loss)(params["fake_score"])
+
+    return {
+        f"{step.__name__}, unroll {1 + two_steps}": (
+            lambda *arguments, step=step, two_steps=two_steps: step(*arguments, two_steps=two_steps),
+            (conditions(), batch, draws),
+        )
+        for step in (student, fake_score)
+        for two_steps in (False, True)
+    }
+
+
+def parts(modules: Mapping[str, Any], packed: bool) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """Pieces of the student's gradient by themselves, forward and backward to their inputs."""
+    given, batch = conditions(), questions(packed)
+    t = jnp.full((1,), 0.4)
+
+    def gradient(loss):
+        return lambda params, *rest: jax.grad(lambda x: jnp.sum(jnp.square(loss(params, x))))(rest[0])
+
+    student = lambda params, x: modules["student"].apply(  # noqa: E731
+        {"params": params["student"]}, x, t, *given.instruction, given.reference
+    )
+    weights_too = lambda params, x: jax.grad(  # noqa: E731
+        lambda p, x: jnp.sum(jnp.square(student({"student": p}, x))), argnums=(0, 1)
+    )(params["student"], x)
+    score = lambda params, x: modules["real_score"].apply(  # noqa: E731
+        {"params": params["real_score"]}, x, t, *given.caption
+    )
+    decode = lambda params, x: modules["autoencoder"].apply(  # noqa: E731
+        {"params": params["autoencoder"]}, x, method="decode"
+    )
+    ask = lambda params, x: edit_losses.answers(modules, params["scorer"], given.pixels, x, batch).logits  # noqa: E731
+    latents, pixels = (noise(*LATENTS),), (noise(*PIXELS, scale=0.3),)
+    return {
+        "student forward": (student, latents),
+        "student forward, backward": (weights_too, latents),
+        "score forward": (score, latents),
+        "decode forward, backward": (gradient(decode), latents),
+        "scorer forward, backward": (gradient(ask), pixels),
+    }
+
+
+def flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and convolutions that a program runs, loops counted by their length."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
+        out = [v.aval.shape for v in equation.outvars]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2.0 * math.prod(out[0]) * math.prod(shapes[0][i] for i in contracted)
+        elif name == "conv_general_dilated":
+            # Zeros between the inputs of a transposed convolution are multiplied like all else.
+            features = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(out[0]) * math.prod(shapes[1]) / features
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr"))
+        bodies = [flops(getattr(x, "jaxpr", x)) for x in inner if hasattr(getattr(x, "jaxpr", x), "eqns")]
+        if bodies:
+            repeated = equation.params.get("length", 1) if name == "scan" else 1
+            total += repeated * (max(bodies) if name == "cond" else sum(bodies))
+    return total
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median time of a warm call."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak(size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a large float32 matrix product here."""
+    a = noise(size, size)
+    product = jax.jit(lambda a: a @ a)
+    return 2.0 * size**3 / seconds(lambda: product(a), repeats)
+
+
+def measure(name: str, run: Callable[..., Any], params: Any, arguments: tuple, repeats: int, best: float) -> None:
+    """Compiles, times and prints one program."""
+    work = flops(jax.make_jaxpr(run)(params, *arguments).jaxpr)
+    start = time.perf_counter()
+    compiled = jax.jit(run).lower(params, *arguments).compile()
+    compile_time = time.perf_counter() - start
+    spent = seconds(lambda: compiled(params, *arguments), repeats)
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    print(
+        f"{name:27s} {spent:7.3f} s {work / 1e9:8.1f} GFLOP {work / spent / 1e9:7.1f} GFLOP/s "
+        f"{100 * work / spent / best:5.1f} % of peak {memory:7.0f} MiB temporaries, compiled in {compile_time:.0f} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls per program")
+    parser.add_argument("--remat", default="none", help="remat policy of all networks")
+    parser.add_argument("--implementation", default="xla", help="of attention")
+    parser.add_argument("--unpacked", action="store_true", help="a row for each question")
+    parser.add_argument("--parts", action="store_true", help="also the pieces by themselves")
+    parser.add_argument("--only", default="", help="programs whose name holds this")
+    parser.add_argument("--trace", help="directory for a jax.profiler trace of the timed calls")
+    arguments = parser.parse_args()
+    modules, params = build({"remat": arguments.remat, "implementation": arguments.implementation})
+    best = peak()
+    print(f"{jax.devices()[0].device_kind}, float32, batch 1; matrix products peak at {best / 1e9:.0f} GFLOP/s")
+    chosen = programs(modules, not arguments.unpacked)
+    if arguments.parts:
+        chosen |= parts(modules, not arguments.unpacked)
+    if arguments.trace:
+        jax.profiler.start_trace(arguments.trace)
+    for name, (run, rest) in chosen.items():
+        if arguments.only in name:
+            measure(name, run, params, rest, arguments.repeats, best)
+    if arguments.trace:
+        jax.profiler.stop_trace()
+    print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Free-form customization at full size, the paper's second task, mixed with editing.
+
+Pod: python -m npedit_jax.train --config configs/zimage/customization.py --workdir gs://BUCKET/customization \
+    --config.data.records=gs://BUCKET/records/edits \
+    --config.data.tasks.customization.records=gs://BUCKET/records/subjects
+Here a reference shows a subject and the instruction asks for a new scene with it. A prefix tells the student which task
+is meant (`npedit_jax.data.questions.TASK_PREFIXES`). The release lists this task as not done.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.zimage import npedit
+
+
+def get_config() -> ConfigDict:
+    """Returns the experiment."""
+    config = npedit.get_config()
+    config.data.task_prefix = True
+    config.data.tasks = ConfigDict(
+        dict(
+            # Equal shares are our choice: the paper trains the two tasks apart.
+            editing=dict(weight=0.5, records="", templates="editing"),  # "" stands for data.records
+            customization=dict(weight=0.5, records="records/subjects", templates="customization"),
+        )
+    )
+    # Its prompts are guided like edits that change little: a strong push would cost the likeness.
+    config.data.options.guidance.customization = 3.5
+    return config

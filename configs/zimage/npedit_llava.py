@@ -1,0 +1,22 @@
+"""NP-Edit at full size with the paper's scorer, LLaVA-OneVision-7B; all else as in configs/zimage/npedit.py.
+
+Pod: python -m npedit_jax.train --config configs/zimage/npedit_llava.py --workdir gs://BUCKET/npedit-llava \
+    --config.data.records=gs://BUCKET/records/edits
+"""
+
+from ml_collections import ConfigDict
+
+from configs.zimage import npedit
+
+LLAVA = "weights/llava-onevision-qwen2-7b-ov-hf"
+
+
+def get_config() -> ConfigDict:
+    """Returns the experiment."""
+    config = npedit.get_config()
+    config.networks.scorer = npedit.frozen("llava_onevision", LLAVA, remat="full")
+    config.data.scorer_tokenizer = LLAVA
+    # 730 tokens per image: an image is seen whole, at 384 x 384, without the further tiles that the original cuts.
+    config.data.question_length = 1792
+    config.data.options.packed_length = 2560  # "remove" shows three images
+    return config

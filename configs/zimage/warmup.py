@@ -1,0 +1,60 @@
+"""Warm-up at full size: the student learns to copy its reference image, starting from Z-Image.
+
+Pod: python -m npedit_jax.train --config configs/zimage/warmup.py --workdir gs://BUCKET/warmup \
+    --config.data.records=gs://BUCKET/records/edits
+"""
+
+from ml_collections import ConfigDict
+
+from configs.zimage import npedit
+
+
+def get_config() -> ConfigDict:
+    """Returns the experiment."""
+    config = ConfigDict()
+    config.stage = "warmup"
+    config.seed = 0
+    config.steps = 5000
+    config.batch_size = 64  # over all chips; the release: 1 per device
+    config.cpu_devices = 1
+
+    config.networks = ConfigDict()
+    config.networks.autoencoder = npedit.network("autoencoder", "weights/Z-Image/vae", dtype="float32")
+    config.networks.text_encoder = npedit.frozen("qwen3", "weights/Z-Image/text_encoder")
+    # Parameters in float32; the release's are bfloat16.
+    config.networks.student = npedit.network("zimage", "weights/Z-Image/transformer", dtype="bfloat16", remat="full")
+    config.data = ConfigDict(
+        dict(
+            records="records/edits",
+            buckets=npedit.BUCKETS,
+            text_tokenizer="weights/Z-Image/tokenizer",
+            text_length=512,  # tokens
+            options=dict(caption_dropout=0.1, flip=0.5),
+        )
+    )
+    config.step = ConfigDict(
+        dict(
+            ema=0.999,  # the release keeps none
+            skip_norm=100.0,
+            skip_from=1000,
+            time_shift=6.0,
+            weighting="logit_normal",
+            endpoint=0.0,
+        )
+    )
+    adam = dict(
+        name="adam",
+        learning_rate=2e-5,
+        final_learning_rate=1e-6,
+        warmup_steps=1000,
+        b1=0.9,
+        b2=0.99,
+        weight_decay=0.01,
+        clip_norm=2.0,
+    )
+    config.optimizer = ConfigDict(dict(student=adam))
+    config.sampling = ConfigDict(dict(times=npedit.TIMES, sampler="ddim", eta=1.0))
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.checkpoint = ConfigDict(dict(every=250, keep=3))
+    config.log = ConfigDict(dict(every=10, preview_every=250))
+    return config

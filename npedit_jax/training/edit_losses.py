@@ -1,0 +1,289 @@
+"""The losses of the edit stage: the student's on what it makes now, and the fake score's on the same.
+
+Every random draw is made in one place and handed over, so that a test can hand in its own. Networks by name: student
+(trained), fake_score (trained), real_score, autoencoder, text_encoder, scorer (frozen). The trained ones come as the
+variables that they are applied with: {"params": ...}, and {"lora": ...} beside it where adapters are trained.
+
+Shapes: B batch, H height, W width, C channels, L text tokens, D model width, Q questions per sample, S tokens of a
+packed row.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from npedit_jax.models.lora import Variables
+from npedit_jax.models.scorer import ScorerOutput
+from npedit_jax.objectives import feedback, flow, matching, unroll
+from npedit_jax.pixels import to_pixels
+from npedit_jax.sampling import Text, encode_text
+from npedit_jax.training.steps import Batch, Metrics, Modules, Params
+
+PROBES = ("dmd", "scorer")
+UNPACKED = ("question_ids", "question_mask", "image_index")
+PACKED = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index", "answer_place")
+INSIDE = 1.0 - 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class EditSettings:
+    """Numbers of the edit stage; the paper's section 3 and appendix, the release where it differs."""
+
+    times: tuple[float, ...]  # the student's times, falling from 1.0
+    max_unroll: int = 2  # 1: never a second step
+    dmd_weight: float = 1.0
+    scorer_weight: float = 0.02
+    identity_weight: float = 1.0
+    dmd_normalizer: str = "pixel"
+    dmd_low: float = 0.02
+    dmd_high: float = 0.98
+    time_shift: float = 1.0  # of DMD's and the fake score's times
+    decoupled: bool = False  # DMD's guidance part at a time and noise of its own (arXiv 2511.22677)
+    matching_weight: float = 1.0  # of decoupled DMD's two parts
+    guidance_weight: float = 1.0
+    guidance_low: float = 0.02  # times of the guidance part; the paper draws them above the student's own
+    guidance_high: float = 0.98
+    guidance_shift: float = 1.0
+    scorer_form: str = "yes_no"
+    temperature_start: float = 0.1
+    temperature_end: float = 1.0
+    temperature_steps: int = 2000
+    scorer_clip: bool = False  # pixels beyond [-1, 1] are clipped for the scorer, yet keep their gradient
+    scorer_noise: float = 0.0  # standard deviation of the noise on the pixels that the scorer sees, in [-1, 1] units
+    ema: float = 0.999
+    skip_norm: float = 300.0
+    frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
+
+
+class StudentDraws(NamedTuple):
+    """What one student sample needs: the start, and the second step's time and noise."""
+
+    noise: jax.Array  # [B, H, W, C]
+    second_time: jax.Array  # [B]
+    second_noise: jax.Array  # [B, H, W, C]
+
+
+class LossDraws(NamedTuple):
+    """What the losses on a student sample need: time and noise of the score networks, noise on the scorer's pixels."""
+
+    time: jax.Array  # [B]
+    noise: jax.Array  # [B, H, W, C]
+    pixel_rng: jax.Array | None
+    guidance_time: jax.Array | None = None  # [B], of decoupled DMD only
+    guidance_noise: jax.Array | None = None  # [B, H, W, C]
+
+
+class Conditions(NamedTuple):
+    """What the networks are given beside the latents, none of it with a gradient."""
+
+    pixels: jax.Array  # the reference image [B, height, width, 3] in [-1, 1]
+    reference: jax.Array  # its latents [B, H, W, C]
+    instruction: Text
+    caption: Text  # of the edited image
+    negative: Text  # one prompt for the whole batch, [1, L, D]
+
+
+def draw_student(rng: jax.Array, shape: tuple[int, ...], times: tuple[float, ...]) -> StudentDraws:
+    """Draws the noises and, per sample, which of the later times the second step starts from."""
+    noise_rng, time_rng, second_rng = jax.random.split(rng, 3)
+    later = jnp.asarray(times[1:] or times, jnp.float32)
+    index = jax.random.randint(time_rng, (shape[0],), 0, later.shape[0])
+    return StudentDraws(jax.random.normal(noise_rng, shape), later[index], jax.random.normal(second_rng, shape))
+
+
+def draw(
+    rng: jax.Array, shape: tuple[int, ...], settings: EditSettings, *, low: float, high: float
+) -> tuple[StudentDraws, LossDraws]:
+    """All draws of one update; the score networks' times are drawn from [low, high), then shifted."""
+    student_rng, time_rng, noise_rng, pixel_rng, *guidance_rngs = jax.random.split(rng, 6)
+    time = flow.uniform_times(time_rng, shape[0], low, high, settings.time_shift)
+    losses = LossDraws(time, jax.random.normal(noise_rng, shape), pixel_rng)
+    if settings.decoupled:
+        bounds = (settings.guidance_low, settings.guidance_high, settings.guidance_shift)
+        losses = losses._replace(
+            guidance_time=flow.uniform_times(guidance_rngs[0], shape[0], *bounds),
+            guidance_noise=jax.random.normal(guidance_rngs[1], shape),
+        )
+    return draw_student(student_rng, shape, settings.times), losses
+
+
+def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
+    """One draw per outer step: whether the unroll has a second step, with probability (K - 1) / K."""
+    if settings.max_unroll == 1 or len(settings.times) == 1:
+        return jnp.asarray(False)
+    return jax.random.uniform(rng) >= 1.0 / len(settings.times)
+
+
+def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> Conditions:
+    """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
+    pixels = to_pixels(batch["reference"])
+    reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
+    texts = (
+        encode_text(modules, frozen, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
+        for kind in ("instruction", "caption", "negative")
+    )
+    return jax.lax.stop_gradient(Conditions(pixels, reference, *texts))
+
+
+def edit(modules: Modules, student: Variables, given: Conditions, draws: StudentDraws, *, two_steps: bool) -> jax.Array:
+    """The student's x0 [B, H, W, C] after one or two unrolled steps; gradients flow through both."""
+
+    def velocity(x_t, t):
+        return modules["student"].apply(student, x_t, t, *given.instruction, given.reference)
+
+    times = [jnp.ones_like(draws.second_time)] + [draws.second_time] * two_steps
+    return unroll.sample(velocity, draws.noise, times, [draws.second_noise] * two_steps)
+
+
+def dmd_loss(
+    modules: Modules,
+    real: Params,
+    fake: Variables,
+    x0: jax.Array,
+    given: Conditions,
+    guidance: jax.Array,
+    draws: LossDraws,
+    settings: EditSettings,
+) -> jax.Array:
+    """DMD's loss [B] on x0, from the guided real score and the fake score; `x0` alone gets a gradient."""
+    fixed, t = jax.lax.stop_gradient(x0), draws.time
+    x_t = flow.add_noise(fixed, draws.noise, t)
+    negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (x0.shape[0], *x.shape[1:])), given.negative)
+    queries = [(x_t, t, given.caption)]
+    if settings.decoupled:
+        t_guidance = draws.guidance_time
+        x_guidance = flow.add_noise(fixed, draws.guidance_noise, t_guidance)
+        queries += [(x_guidance, t_guidance, given.caption), (x_guidance, t_guidance, negative)]
+    else:
+        queries += [(x_t, t, negative)]
+    # All in one call: the frozen network runs once, at two or three times the batch.
+    noisy, times, text = jax.tree.map(lambda *parts: jnp.concatenate(parts), *queries)
+    velocities = jnp.split(modules["real_score"].apply({"params": real}, noisy, times, *text), len(queries))
+    fake_x0 = flow.clean_from_velocity(x_t, modules["fake_score"].apply(fake, x_t, t, *given.caption), t)
+    if not settings.decoupled:
+        real_x0 = flow.clean_from_velocity(x_t, matching.guide(*velocities, guidance), t)
+        return matching.matching_loss(x0, real_x0, fake_x0, normalizer=settings.dmd_normalizer)
+    difference = flow.expand((1.0 - guidance) * t_guidance, x0) * (velocities[1] - velocities[2])
+    return matching.decoupled_loss(
+        x0,
+        flow.clean_from_velocity(x_t, velocities[0], t),
+        fake_x0,
+        difference,
+        matching_weight=settings.matching_weight,
+        guidance_weight=settings.guidance_weight,
+        normalizer=settings.dmd_normalizer,
+    )
+
+
+def answers(modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch) -> ScorerOutput:
+    """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only.
+
+    Both questions stand in one packed row where the batch holds one, else each in a row of its own.
+    """
+    scorer, variables = modules["scorer"], {"params": params}
+    first = jax.lax.stop_gradient(scorer.apply(variables, reference[:, None], method="encode_images"))
+    second = scorer.apply(variables, edited[:, None], method="encode_images")
+    table = jnp.concatenate([first, second], axis=1)
+    method, fields = ("answer_packed", PACKED) if "packed_ids" in batch else ("answer", UNPACKED)
+    return scorer.apply(variables, table, *(batch[field] for field in fields), method=method)
+
+
+def student_loss(
+    student: Variables,
+    fake: Variables,
+    frozen: Mapping[str, Params],
+    modules: Modules,
+    batch: Batch,
+    given: Conditions,
+    draws: tuple[StudentDraws, LossDraws],
+    step: jax.Array,
+    settings: EditSettings,
+    *,
+    two_steps: bool,
+    probes: Mapping[str, jax.Array] | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The student's total loss and its parts, each a mean over the batch.
+
+    `probes` are zeros like x0, added to what DMD and the scorer see: their gradients are those of each loss in x0.
+    `batch["weight"]` leaves out records that could not be read; loss weights per sample come with the batch.
+    """
+    student_draws, loss_draws = draws
+    x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
+    probes = probes or {name: 0.0 for name in PROBES}
+    weight = batch["weight"]
+    identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
+    losses = settings.identity_weight * batch["identity_weight"] * identity
+    metrics = {"loss/identity": average(identity, weight * batch["identity_weight"])}
+    if settings.dmd_weight:
+        rest = (given, batch["guidance"], loss_draws, settings)
+        dmd = dmd_loss(modules, frozen["real_score"], fake, x0 + probes["dmd"], *rest)
+        losses += settings.dmd_weight * batch["dmd_weight"] * dmd
+        metrics["loss/dmd"] = average(dmd, weight)
+    if settings.scorer_weight:
+        scorer, scorer_metrics = scorer_loss(
+            modules, frozen, x0 + probes["scorer"], batch, given, loss_draws.pixel_rng, step, settings
+        )
+        losses += settings.scorer_weight * scorer
+        metrics |= scorer_metrics
+    total = average(losses, weight)
+    return total, metrics | {"loss": total}
+
+
+def average(x_B: jax.Array, weight_B: jax.Array) -> jax.Array:
+    """Weighted mean over the batch; 0 where all weights are."""
+    return jnp.sum(x_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1e-6)
+
+
+def scorer_loss(
+    modules: Modules,
+    frozen: Mapping[str, Params],
+    x0: jax.Array,
+    batch: Batch,
+    given: Conditions,
+    pixel_rng: jax.Array | None,
+    step: jax.Array,
+    settings: EditSettings,
+) -> tuple[jax.Array, Metrics]:
+    """The scorer's loss [B] on the decoded x0, and the mean probability that it gives to the wanted answers."""
+    decoded = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, x0, method="decode")
+    if settings.scorer_noise:
+        decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
+    if settings.scorer_clip:
+        # A saturated colour often decodes beyond the range, where the scorer's own clip would stop its gradient; its
+        # clip passes only half of a gradient on the bound itself.
+        decoded += jax.lax.stop_gradient(jnp.clip(decoded, -INSIDE, INSIDE) - decoded)
+    output = answers(modules, frozen["scorer"], given.pixels, decoded, batch)
+    scale = feedback.temperature(step, settings.temperature_start, settings.temperature_end, settings.temperature_steps)
+    wanted, weight_BQ = batch["answer"], batch["question_weight"]
+    loss = feedback.answer_loss(
+        output.logits, output.logsumexp, wanted, weight_BQ, scale=scale, form=settings.scorer_form
+    )
+    yes = feedback.yes_probability(output.logits)
+    right_BQ = jnp.where(wanted > 0.5, yes, 1.0 - yes)
+    weight_BQ = weight_BQ * batch["weight"][:, None]
+    return loss, {
+        "loss/scorer": average(loss, batch["weight"]),
+        "scorer/edit": average(right_BQ[:, 0], weight_BQ[:, 0]),
+        "scorer/identity": average(right_BQ[:, 1], weight_BQ[:, 1]),
+    }
+
+
+def fake_score_loss(
+    fake: Variables,
+    student: Variables,
+    modules: Modules,
+    batch: Batch,
+    given: Conditions,
+    draws: tuple[StudentDraws, LossDraws],
+    *,
+    two_steps: bool,
+) -> jax.Array:
+    """Flow matching of the fake score on a fresh sample of the student (arXiv 2405.14867, section 4.2)."""
+    student_draws, loss_draws = draws
+    x0 = jax.lax.stop_gradient(edit(modules, student, given, student_draws, two_steps=two_steps))
+    x_t = flow.add_noise(x0, loss_draws.noise, loss_draws.time)
+    velocity = modules["fake_score"].apply(fake, x_t, loss_draws.time, *given.caption)
+    return average(flow.velocity_loss(velocity, x0, loss_draws.noise), batch["weight"])

@@ -1,0 +1,113 @@
+"""Networks of a few hundred parameters for the edit stage, and batches that fit them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from npedit_jax import weights
+from npedit_jax.training import networks
+
+BATCH, INNER, TEXT, QUESTION = 2, 3, 4, 12
+DENOISER = dict(
+    in_channels=2,
+    dim=8,
+    n_layers=1,
+    n_refiner_layers=1,
+    n_heads=1,
+    cap_feat_dim=8,
+    axes_dims=(4, 2, 2),
+    axes_lens=(64, 8, 8),
+    npedit=dict(pad_multiple=4),
+)
+LANGUAGE = dict(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=8,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
+    hidden_act="silu",
+)
+SPECS = {
+    "autoencoder": (
+        "autoencoder",
+        dict(
+            block_out_channels=(4, 4),
+            layers_per_block=1,
+            latent_channels=2,
+            norm_num_groups=2,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+    ),
+    "text_encoder": ("qwen3", LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8)),
+    "scorer": (
+        "internvl",
+        dict(
+            model_type="internvl_chat",
+            downsample_ratio=0.5,
+            ps_version="v2",
+            select_layer=-1,
+            vision_config=dict(
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                intermediate_size=8,
+                patch_size=4,
+                image_size=8,
+                layer_norm_eps=1e-6,
+                norm_type="layer_norm",
+                hidden_act="gelu",
+                qkv_bias=True,
+                qk_normalization=False,
+            ),
+            llm_config=LANGUAGE | dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_hidden_layers=1),
+            npedit=dict(answer_ids=(1, 2)),
+        ),
+    ),
+    "student": ("zimage", DENOISER),
+    "real_score": ("zimage", DENOISER),
+    "fake_score": ("zimage", DENOISER),
+}
+
+
+@functools.cache
+def parts() -> tuple[dict, dict]:
+    """Modules, and parameters full of noise: a fresh network's output layer is zero and passes no gradient on."""
+    modules = {name: weights.build(kind, networks.plain(config)) for name, (kind, config) in SPECS.items()}
+    rng = np.random.default_rng(0)
+    noise = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32)  # noqa: E731
+    params = {name: jax.tree.map(noise, networks.shapes(SPECS[name][0], module)) for name, module in modules.items()}
+    return modules, params
+
+
+def batches() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1)
+    shape = (INNER, BATCH)
+    ids = lambda *s: rng.integers(3, 11, s).astype(np.int32)  # noqa: E731
+    index = np.broadcast_to(np.r_[0, 1, np.full(QUESTION - 2, -1)], (*shape, 2, QUESTION))
+    return {
+        "reference": rng.integers(0, 256, (*shape, 8, 8, 3)).astype(np.uint8),
+        "instruction_ids": ids(*shape, TEXT),
+        "instruction_mask": np.ones((*shape, TEXT), bool),
+        "caption_ids": ids(*shape, TEXT),
+        "caption_mask": np.ones((*shape, TEXT), bool),
+        "negative_ids": ids(INNER, 1, TEXT),
+        "negative_mask": np.ones((INNER, 1, TEXT), bool),
+        "question_ids": ids(*shape, 2, QUESTION),
+        "question_mask": np.ones((*shape, 2, QUESTION), bool),
+        "image_index": index.astype(np.int32),
+        "answer": np.ones((*shape, 2), np.int32),
+        "question_weight": np.ones((*shape, 2), np.float32),
+        "guidance": np.full(shape, 2.0, np.float32),
+        "dmd_weight": np.ones(shape, np.float32),
+        "identity_weight": np.zeros(shape, np.float32),
+        "weight": np.ones(shape, np.float32),
+    }
