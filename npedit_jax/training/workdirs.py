@@ -9,7 +9,7 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-# Fields that may differ from one start of a run to the next: they change how it runs, and what comes out only by rounding.
+# Fields that may differ from one start of a run to the next: they change how it runs, what comes out by rounding only.
 FREE_FIELDS = ("mesh.*", "checkpoint.*", "log.*", "cpu_devices", "networks.*.options.remat")
 
 
