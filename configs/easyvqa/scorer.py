@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "scorer"
     config.seed = 0
-    config.steps = 3000
+    config.steps = 2000
     config.batch_size = 32
     config.cpu_devices = 1
 
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
             llm_config=dict(
                 architectures=["Qwen2ForCausalLM"],
                 model_type="qwen2",
-                vocab_size=71,
+                vocab_size=72,
                 hidden_size=128,
                 intermediate_size=384,
                 num_hidden_layers=4,
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
             ),
             # Only the small experiment has a stem: outlines are finer than a patch of 8 pixels.
             # The answers are (No, Yes) in its tokenizer.
-            npedit=dict(stem=(32, 64), answer_ids=(7, 8)),
+            npedit=dict(stem=(32, 64), layer_scale=1.0, answer_ids=(7, 8)),
         ),
     )
     config.data = ConfigDict(
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
             scorer_tokenizer="package:pretrained/easyvqa/scorer",
             question_length=72,  # tokens, of which 16 per image
             templates="easyvqa",
-            options=dict(questions=3),
+            options=dict(questions=6, packed_length=144),
         )
     )
     config.step = ConfigDict(dict(ema=0.99, skip_norm=100.0, roundtrip=0.5, latent_noise=0.3))
@@ -71,7 +71,8 @@ def get_config() -> ConfigDict:
         dict(
             scorer=dict(
                 name="muon",
-                learning_rate=4e-3,
+                learning_rate=1.2e-2,
+                adam_factor=0.25,
                 final_learning_rate=5e-5,
                 warmup_steps=100,
                 b1=0.95,

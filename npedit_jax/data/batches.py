@@ -103,17 +103,25 @@ class QuestionCache(dict):
         self[key] = QuestionTokens(*(field[0] for field in tokens))
         return self[key]
 
-    def fields(self, asked: Sequence[questions_lib.Question]) -> Sample:
-        """The prompts' ids, masks and image rows, each [Q, S]."""
-        rows = [self[question.text, question.images] for question in asked]
-        ids, mask, image_index, _ = (np.stack(field) for field in zip(*rows, strict=True))
-        return {"question_ids": ids, "question_mask": mask, "image_index": image_index}
+    def fields(self, asked: Sequence[questions_lib.Question], places: int, packed_length: int = 0) -> Sample:
+        """The prompts of one sample's questions, as the scorer takes them.
 
-    def packed_fields(self, asked: Sequence[questions_lib.Question], length: int) -> Sample:
-        """The prompts in one row of `length` tokens [S], and the places of their answers [Q]; see `data.packing`."""
-        row = packing.pack([self[question.text, question.images] for question in asked], length)
-        fields = {f"packed_{name}": value for name, value in row._asdict().items()}
-        return fields | {"answer_place": fields.pop("packed_answer_place")}
+        Args:
+          asked: at least one question.
+          places: Q; those beyond the questions repeat the first one.
+          packed_length: S of one row for all of them, see `data.packing`; 0 gives each a row of its own.
+
+        Returns:
+          "question_ids", "question_mask" and "image_index" [Q, L]; or "packed_ids", "packed_positions",
+          "packed_segments" and "packed_image_index" [S], and "answer_place" [Q].
+        """
+        rows, repeats = [self[question.text, question.images] for question in asked], places - len(asked)
+        if packed_length:
+            row = packing.pack(rows, packed_length)
+            fields = {f"packed_{name}": value for name, value in row._asdict().items()}
+            return fields | {"answer_place": _repeat_first(fields.pop("packed_answer_place"), repeats)}
+        ids, mask, image_index, _ = (_repeat_first(np.stack(field), repeats) for field in zip(*rows, strict=True))
+        return {"question_ids": ids, "question_mask": mask, "image_index": image_index}
 
 
 class Interleave(grain.transforms.DatasetSelectionMap):
@@ -143,6 +151,10 @@ class Interleave(grain.transforms.DatasetSelectionMap):
         streams = np.random.default_rng([self._seed, period]).permutation(streams).tolist()
         ranks = [iter(range(count)) for count in self._counts]
         return [(stream, next(ranks[stream])) for stream in streams]
+
+
+def _repeat_first(rows: np.ndarray, times: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[:1], times, axis=0)])
 
 
 def _stack(samples: Sequence[Sample], leading: tuple[int, ...]) -> Sample:

@@ -78,14 +78,14 @@ class EasyVQA:
       grounds: uint8 [n, 3], each image's ground colour: the median of its border.
       shapes: what each image shows.
       answered: bool [n, 2], whether (colour, kind) follows from the package's answers, else from the pixels.
-      questions: each image's yes/no questions with the answer, True for yes.
+      questions: each image's questions with their answers: "yes", "no", a colour or a class.
     """
 
     images: np.ndarray
     grounds: np.ndarray
     shapes: tuple[Shape, ...]
     answered: np.ndarray
-    questions: tuple[tuple[tuple[str, bool], ...], ...]
+    questions: tuple[tuple[tuple[str, str], ...], ...]
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -118,10 +118,7 @@ def load(split: str) -> EasyVQA:
         asked[image_id].append((text, answer))
     facts = [_facts(asked[image_id]) for image_id in range(len(images))]
     shapes = tuple(_shape(*item) for item in zip(facts, images, grounds, strict=True))
-    questions = tuple(
-        tuple((text, answer == "yes") for text, answer in asked[image_id] if answer in ("yes", "no"))
-        for image_id in range(len(images))
-    )
+    questions = tuple(tuple(asked[image_id]) for image_id in range(len(images)))
     answered = np.array([[len(colors) == 1, len(kinds) == 1] for colors, kinds in facts])
     return EasyVQA(images, grounds, shapes, answered, questions)
 

@@ -136,7 +136,7 @@ def npedit(
             "reference": data.images[index],
             **texts.fields("instruction", edit.instruction),
             **texts.fields("caption", easyvqa.caption(edit.target, rng)),
-            **(prompts.packed_fields(asked, packed_length) if packed_length else prompts.fields(asked)),
+            **prompts.fields(asked, len(asked), packed_length),
             "answer": np.array([question.answer for question in asked], np.int32),
             "question_weight": np.array((0.0 if nothing else question_weights[0], question_weights[1]), np.float32),
             "guidance": np.float32(guidance[edit_type]),
@@ -163,19 +163,23 @@ def scorer(
     templates: questions_lib.Templates,
     questions: int,
     pairs: Pairs,
+    packed_length: int = 0,
 ) -> grain.MapDataset:
     """Image pairs and questions about them, the answers as probabilities of Yes.
 
     {"images": uint8 [B, 2, H, W, 3], "question_ids", "image_index": int32 [B, Q, S], "question_mask": bool [B, Q, S],
-    "answer", "question_weight": float32 [B, Q]}; where a pair has fewer than Q questions, the rest repeats the first
-    one at weight 0.
+    "answer_ids": int32 [B, Q, 2], of No and of Yes or whichever word answers the question, "answer", "question_weight":
+    float32 [B, Q]}; where a pair has fewer than Q questions, the rest repeats the first one at weight 0. Packed
+    questions as in `npedit`.
 
     Args:
       templates: say which images each kind of question shows.
       questions: Q, the most questions that a pair comes with.
-      pairs: (image number, rng) -> an example with `images` and `questions`, (kind, text, probability of Yes) each.
+      pairs: (image number, rng) -> an example with `images` and `questions`, see `scorer_pairs.ScorerExample`.
+      packed_length: as in `npedit`.
     """
     prompts = QuestionCache(tokenizer)
+    answer_ids = {word: tokenizer.answer_id(word) for word in ("No", "Yes", *easyvqa.COLORS, *easyvqa.CLASSES)}
 
     def sample(index, rng):
         example = pairs(index, rng)
@@ -185,12 +189,14 @@ def scorer(
             )
         asked = [
             questions_lib.Question(kind, text, templates[kind].images, answer)
-            for kind, text, answer in example.questions
+            for kind, text, answer, _ in example.questions
         ]
         pad = questions - len(asked)
+        words = [answer_ids[question.word] for question in example.questions]
         return {
             "images": np.stack(example.images),
-            **prompts.fields(asked + asked[:1] * pad),
+            **prompts.fields(asked, questions, packed_length),
+            "answer_ids": np.array([(answer_ids["No"], word) for word in words + words[:1] * pad], np.int32),
             "answer": np.array([question.answer for question in asked] + [0.0] * pad, np.float32),
             "question_weight": np.array([1.0] * len(asked) + [0.0] * pad, np.float32),
         }

@@ -1,7 +1,7 @@
 """What the scorer is asked: one table of question templates per task, with the answer of a good edit.
 
-A template's text may hold {instruction} and {object} (the noun of what is edited); "vqa" holds {question}, passed on.
-Three tables: EDITING in full sentences, for a pretrained scorer (meaning as in the NP-Edit release's
+A template's text may hold {instruction} and {object} (the noun of what is edited); "vqa" and "look" hold {question},
+passed on. Three tables: EDITING in full sentences, for a pretrained scorer (meaning as in the NP-Edit release's
 `data/instruct.py`); CUSTOMIZATION likewise, where the reference shows a subject and the instruction asks for a new
 scene with it (the paper's second task); and EASYVQA in a few lower-case words, for the small scorer with a word-level
 vocabulary.
@@ -75,6 +75,7 @@ EDITING: Templates = {
         True,
     ),
     "vqa": Template("{question}\nAnswer with Yes or No.", EDITED, True),
+    "look": Template("{question}\nAnswer with one word.", BOTH, True),
 }
 
 CUSTOMIZATION: Templates = {
@@ -101,6 +102,7 @@ EASYVQA: Templates = {
     "identity": Template("is the rest the same after: {instruction}", BOTH, True),
     "identity_remove": Template("is the rest the same without the {object}?", BOTH, True),
     "vqa": Template("{question}", EDITED, True),
+    "look": Template("{question}", BOTH, True),
 }
 
 TEMPLATES: Mapping[str, Templates] = {"editing": EDITING, "customization": CUSTOMIZATION, "easyvqa": EASYVQA}

@@ -8,32 +8,45 @@ else has changed; and noise, blur and grids lie on good and bad candidates alike
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from npedit_jax.data import easyvqa, easyvqa_edits
 from npedit_jax.data import questions as questions_lib
+from npedit_jax.data.easyvqa import Edit, Shape
 from npedit_jax.data.easyvqa_edits import Scene
 
 EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
 CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.1, "fade": 0.22, "morph": 0.1, "part": 0.1, "wrong": 0.18, "soft": 0.1}
-VQA_SHARE = 0.2
+VQA_SHARE = 0.35
 SIDE_EFFECT_SHARE = 0.5
+REMOVAL_SHOWN_ALONE = 0.6  # of the removals, the rest shows both images
 SURE = 0.98  # no answer is certain
 # Mean absolute change outside the edit, 0 to 255: below the first all is the same, above the second it is not.
 SAME, CHANGED = 2.0, 9.0
 
 
+class Asked(NamedTuple):
+    """A question of some kind of template, and the probability that it is answered with `word` and not with No."""
+
+    kind: str
+    text: str
+    answer: float
+    word: str = "Yes"
+
+
 @dataclasses.dataclass(frozen=True)
 class ScorerExample:
-    """Two images [H, W, 3] uint8, and questions about them as (kind, text, probability of Yes).
+    """Two images [H, W, 3] uint8, and questions about them.
 
-    `edit_type` is that of the edit between them; "" where there is none.
+    All questions show the same images, so that a packed row holds those once. `edit_type` is that of the edit between
+    them; "" where there is none.
     """
 
     images: tuple[np.ndarray, np.ndarray]
-    questions: tuple[tuple[str, str, float], ...]
+    questions: tuple[Asked, ...]
     edit_type: str = ""
 
 
@@ -42,20 +55,21 @@ class Candidate:
     """What an editor might have made: float32 [H, W, 3] in 0 to 255, how much of the edit is there, what of it shows.
 
     `done` in [0, 1] is the share of the edit; `object_left` in [0, 1] how much of the old object is still to be seen;
-    `same` in [0, 1] how far the rest is unchanged.
+    `same` in [0, 1] how far the rest is unchanged; `shape` what is to be seen where that is one clear shape.
     """
 
     pixels: np.ndarray
     done: float
     object_left: float
     same: float = 1.0
+    shape: Shape | None = None
 
 
 class PairSource:
     """Draws examples: `source(image number, rng)`; a pure function of both."""
 
     def __init__(self, data: easyvqa.EasyVQA, templates: questions_lib.Templates, questions: int = 3):
-        """`questions` is the most that an example comes with."""
+        """`questions` is the most that an example comes with, at least 2."""
         self._data, self._templates, self._questions = data, templates, questions
         self._scenes: dict[int, Scene] = {}
 
@@ -71,42 +85,89 @@ class PairSource:
 
     def _vqa(self, index: int, rng: np.random.Generator) -> ScorerExample:
         """The package's own questions, about the image as it is or a little spoiled."""
-        image, asked = self._data.images[index], self._data.questions[index]
-        chosen = rng.choice(len(asked), min(self._questions, len(asked)), replace=False)
-        texts = ((self._templates["vqa"].text.format(question=asked[i][0]), asked[i][1]) for i in chosen)
+        image, asked = self._data.images[index], list(self._data.questions[index])
+        rng.shuffle(asked)
+        asked.sort(key=lambda question: question[1] in ("yes", "no"))  # those that want another word first
         spoiled = to_uint8(spoil(np.float32(image), rng))
-        return ScorerExample((image, spoiled), tuple(("vqa", text, sure(float(yes))) for text, yes in texts))
+        return ScorerExample((image, spoiled), tuple(self._ask(*item) for item in asked[: self._questions]))
+
+    def _ask(self, question: str, answer: str) -> Asked:
+        """A question of the package. Words as answers teach colours and classes long before yes and no would."""
+        text = questions_lib.ask(self._templates, "vqa", question=question).text
+        if answer in ("yes", "no"):
+            return Asked("vqa", text, sure(float(answer == "yes")))
+        return Asked("vqa", text, SURE, answer)
 
     def _edit(self, index: int, rng: np.random.Generator) -> ScorerExample:
-        """The two questions that the editor will be asked, about a candidate of any quality."""
-        reference, scene = self._data.images[index], self.scene(index)
-        edit = easyvqa.draw_edit(rng, self._data.shapes[index], choose(EDIT_SHARES, rng))
+        """The questions that the editor will be asked, about a candidate of any quality.
+
+        The candidate is asked about for other edits too: only the instruction then tells the answers apart.
+        """
+        reference, scene, source = self._data.images[index], self.scene(index), self._data.shapes[index]
+        edit = easyvqa.draw_edit(rng, source, choose(EDIT_SHARES, rng))
         made = candidate(scene, edit, rng)
         if rng.random() < SIDE_EFFECT_SHARE:
             made = side_effect(made, scene, rng)
         pixels = to_uint8(spoil(made.pixels, rng))
-        asked = questions_lib.edit_questions(
-            self._templates, edit.edit_type, instruction=edit.instruction, object=edit.object
-        )
-        verified = made.object_left if edit.edit_type == "remove" else made.done
-        answers = (sure(verified), sure(made.same))
-        return ScorerExample(
-            (reference, pixels),
-            tuple((question.kind, question.text, answer) for question, answer in zip(asked, answers, strict=True)),
-            edit.edit_type,
-        )
+        if edit.edit_type == "remove" and rng.random() < REMOVAL_SHOWN_ALONE:
+            # Any shape that is left is one too many, whatever the question calls it.
+            objects = (edit.object, pick(easyvqa.CLASSES, rng))
+            answers = [self._answer("edit_remove", edit, made.object_left, object=name) for name in objects]
+        else:
+            answers = self._both_images(edit, made, rng)
+        return ScorerExample((reference, pixels), tuple(answers[: self._questions]), edit.edit_type)
+
+    def _both_images(self, edit: Edit, made: Candidate, rng: np.random.Generator) -> list[Asked]:
+        """Questions about both images, those of the edit first."""
+        if edit.edit_type == "remove":
+            answers = [self._answer("identity_remove", edit, made.same)]
+        else:
+            answers = [self._answer("edit", edit, made.done), self._answer("identity", edit, made.same)]
+        answers += self._look(edit.source, made.shape, rng)
+        for number in range(self._questions - len(answers)):
+            alike = edit.edit_type in ("recolor", "replace") and number % 2 == 0
+            edit_type = edit.edit_type if alike else pick(("recolor", "replace"), rng)
+            other = easyvqa.draw_edit(rng, edit.source, edit_type)
+            if (done := carried_out(other, edit, made)) is not None:
+                answers.append(self._answer("edit", other, done))
+        return answers
+
+    def _look(self, first: Shape, second: Shape | None, rng: np.random.Generator) -> list[Asked]:
+        """What is to be seen in one of the two images, the second one where that is clear."""
+        number, shape = (2, second) if second and rng.random() < 0.7 else (1, first)
+        asked = [(f"what color is the shape in image-{number}?", shape.color)]
+        asked += [(f"what shape is in image-{number}?", shape.kind)]
+        return [Asked("look", self._templates["look"].text.format(question=text), SURE, word) for text, word in asked]
+
+    def _answer(self, kind: str, edit: Edit, answer: float, object: str = "") -> Asked:
+        fields = dict(instruction=edit.instruction, object=object or edit.object)
+        return Asked(kind, questions_lib.ask(self._templates, kind, **fields).text, sure(answer))
 
 
-def candidate(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
+def carried_out(other: Edit, edit: Edit, made: Candidate) -> float | None:
+    """How much of another edit is there in what was made of `edit`; None where that cannot be said."""
+    if other.target == edit.target:
+        return made.done
+    if made.shape == other.target:
+        return 1.0 if made.same > 0.5 else None
+    if made.shape is not None:
+        return 0.0
+    # On the way to one colour lies no other class, and the other way round.
+    return 0.0 if edit.edit_type not in (other.edit_type, "nothing") else None
+
+
+def candidate(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
     """What an editor might make of the scene when told to carry the edit out."""
     before = np.float32(scene.render())
     goal_scene = goal(scene, edit, rng)
     after = np.float32(goal_scene.render())
     kind = choose(CANDIDATE_SHARES, rng)
     if edit.edit_type == "nothing":
-        return wrong_nothing(scene, edit, rng) if kind in ("fade", "wrong") else Candidate(before, 1.0, 1.0)
+        if kind in ("fade", "wrong"):
+            return wrong_nothing(scene, edit, rng)
+        return Candidate(before, 1.0, 1.0, shape=edit.source)
     if kind == "copy":
-        return Candidate(before, 0.0, 1.0)
+        return Candidate(before, 0.0, 1.0, shape=edit.source)
     if kind == "wrong":
         return wrong(scene, edit, rng)
     if kind == "fade":
@@ -124,10 +185,10 @@ def candidate(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Can
     if kind == "morph" and edit.edit_type == "replace":
         share = rng.random()
         return Candidate(np.float32(morph(scene, goal_scene, share).render()), rises(share), 0.0)
-    return Candidate(after, 1.0, 0.0)
+    return Candidate(after, 1.0, 0.0, shape=edit.target)
 
 
-def goal(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Scene:
+def goal(scene: Scene, edit: Edit, rng: np.random.Generator) -> Scene:
     """The finished edit; a new shape may be a little larger or smaller than the old one, a rectangle any way long."""
     match edit.edit_type:
         case "recolor":
@@ -153,7 +214,7 @@ def morph(scene: Scene, goal_scene: Scene, share: float) -> Scene:
     return dataclasses.replace(goal_scene, alpha=np.float32((1 - near) * between + near * goal_scene.alpha))
 
 
-def wrong_nothing(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
+def wrong_nothing(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
     """An edit where none was asked for."""
     other = easyvqa.draw_edit(rng, edit.source, choose({"recolor": 1.0, "replace": 1.0, "remove": 1.0}, rng))
     before, after = np.float32(scene.render()), np.float32(goal(scene, other, rng).render())
@@ -161,37 +222,41 @@ def wrong_nothing(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) ->
     return Candidate(before + share * (after - before), falls(share, 0.05, 0.6), 1.0, falls(share, 0.05, 0.6))
 
 
-def wrong(scene: Scene, edit: easyvqa.Edit, rng: np.random.Generator) -> Candidate:
+def wrong(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
     """Another edit than the one asked for, or the right one to another degree."""
     colors = [color for color in easyvqa.COLORS if color not in (edit.source.color, getattr(edit.target, "color", ""))]
     kinds = [kind for kind in easyvqa.CLASSES if kind not in (edit.source.kind, getattr(edit.target, "kind", ""))]
-    choice = rng.random()
+    choice, source, target = rng.random(), edit.source, edit.target
     if edit.edit_type == "recolor":
         if choice < 0.6:
-            return Candidate(np.float32(scene.recolored(pick(colors, rng)).render()), 0.0, 1.0)
+            return showing(scene, Shape(pick(colors, rng), source.kind), 0.0, 1.0)
         if choice < 0.8:
-            made = scene.recolored(edit.target.color).replaced(pick(kinds, rng))
-            return Candidate(np.float32(made.render()), 0.3, 0.0, 0.1)
+            return showing(scene, Shape(target.color, pick(kinds, rng)), 0.3, 0.0, 0.1)
         return Candidate(np.float32(scene.removed().render()), 0.0, 0.0, 0.1)
     if edit.edit_type == "remove":
         if choice < 0.4:  # another colour is still the object
-            return Candidate(np.float32(scene.recolored(pick(colors, rng)).render()), 0.0, 1.0, 0.6)
+            return showing(scene, Shape(pick(colors, rng), source.kind), 0.0, 1.0, 0.6)
         if choice < 0.7:  # another shape in its place
-            return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 1.0, 0.05)
+            return showing(scene, Shape(source.color, pick(kinds, rng)), 0.0, 1.0, 0.05)
         scale = rng.uniform(0.3, 0.8)
-        return Candidate(np.float32(scene.resized(float(scale)).render()), 0.0, 1.0)
+        return Candidate(np.float32(scene.resized(float(scale)).render()), 0.0, 1.0, shape=source)
     if choice < 0.35 and kinds:
-        return Candidate(np.float32(scene.replaced(pick(kinds, rng)).render()), 0.0, 0.0)
+        return showing(scene, Shape(source.color, pick(kinds, rng)), 0.0, 0.0)
     if choice < 0.5:
-        made = scene.replaced(edit.target.kind).recolored(pick(colors, rng))
-        return Candidate(np.float32(made.render()), 0.2, 0.0, 0.1)
+        return showing(scene, Shape(pick(colors, rng), target.kind), 0.2, 0.0, 0.1)
     if choice < 0.7:  # the right shape at another place
         down, right = rng.choice((-1, 1), 2) * rng.uniform(12, 30, 2)
-        return Candidate(np.float32(scene.replaced(edit.target.kind).moved(down, right).render()), 0.1, 0.0, 0.2)
+        return Candidate(np.float32(scene.replaced(target.kind).moved(down, right).render()), 0.1, 0.0, 0.2)
     if choice < 0.85:
-        both = np.maximum(scene.alpha, scene.replaced(edit.target.kind).moved(*rng.uniform(-20, 20, 2)).alpha)
+        both = np.maximum(scene.alpha, scene.replaced(target.kind).moved(*rng.uniform(-20, 20, 2)).alpha)
         return Candidate(np.float32(dataclasses.replace(scene, alpha=both).render()), 0.1, 1.0, 0.1)
     return Candidate(np.float32(scene.removed().render()), 0.0, 0.0, 0.5)
+
+
+def showing(scene: Scene, shape: Shape, done: float, object_left: float, same: float = 1.0) -> Candidate:
+    """A candidate that clearly shows this shape in the old one's place."""
+    drawn = scene if shape.kind == scene.kind else scene.replaced(shape.kind)
+    return Candidate(np.float32(drawn.recolored(shape.color).render()), done, object_left, same, shape)
 
 
 def part(scene: Scene, goal_scene: Scene, rng: np.random.Generator) -> tuple[float, np.ndarray]:
@@ -232,9 +297,8 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
         if np.abs(changed - pixels).max() < 15:
             return made  # of a bare ground nothing moves
         moved = float(np.hypot(down, right))
-        return Candidate(
-            changed, made.done * falls(moved, 3.0, 7.0), made.object_left, made.same * falls(moved, 0.5, 3)
-        )
+        done, same = made.done * falls(moved, 3.0, 7.0), made.same * falls(moved, 0.5, 3.0)
+        return dataclasses.replace(made, pixels=changed, done=done, same=same)
     else:  # something new appears
         side = rng.uniform(easyvqa_edits.SMALLEST, 20.0)
         top, left = rng.uniform(0, (height - side, width - side))
@@ -243,11 +307,11 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
         strength = rng.random()
         changed = pixels + strength * alpha * (np.array(easyvqa.PALETTE[color], np.float32) - pixels)
         seen = falls(strength, 0.08, 0.5)
-        left_over = max(made.object_left, 1.0 - seen)
-        return Candidate(changed, made.done * (0.4 + 0.6 * seen), left_over, made.same * seen)
+        done, left_over = made.done * (0.4 + 0.6 * seen), max(made.object_left, 1.0 - seen)
+        return dataclasses.replace(made, pixels=changed, done=done, object_left=left_over, same=made.same * seen)
     changed = np.clip(changed, 0, 255)
     error = float(np.abs(changed - pixels)[scene.alpha < 0.01].mean())
-    return Candidate(changed, made.done, made.object_left, made.same * falls(error, SAME, CHANGED))
+    return dataclasses.replace(made, pixels=changed, same=made.same * falls(error, SAME, CHANGED))
 
 
 def spoil(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -166,7 +166,7 @@ class ScorerTokenizer:
         self._image_token = self._tokenizer.token_to_id(self._chat.image_token)
         self._suffix_ids = _encode(self._tokenizer, self._chat.suffix)
         self.image_tokens, self.length = image_tokens, length
-        self.answer_ids = (self._answer_id("No"), self._answer_id("Yes"))
+        self.answer_ids = (self.answer_id("No"), self.answer_id("Yes"))
 
     def __call__(self, questions: Sequence[questions_lib.Question]) -> QuestionTokens:
         """Tokenizes questions; a question that is too long loses its end, never the images or the end of the prompt.
@@ -193,7 +193,8 @@ class ScorerTokenizer:
             image_index[row, places] = np.concatenate(table)
         return QuestionTokens(ids, mask, image_index, cut)
 
-    def _answer_id(self, answer: str) -> int:
+    def answer_id(self, answer: str) -> int:
+        """The id of an answer; raises ValueError where it is not one token."""
         ids = _encode(self._tokenizer, answer)
         if len(ids) != 1:
             raise ValueError(f'expected "{answer}" to be one token; the tokenizer gives {len(ids)}: {ids}')

@@ -22,7 +22,7 @@ class ScorerOutput:
     """Answers to each question, float32.
 
     Attributes:
-      logits: [B, Q, 2], of (No, Yes) at the answer's place.
+      logits: [B, Q, 2], of (No, Yes), or the two answers asked for, at the answer's place.
       logsumexp: [B, Q], over the whole vocabulary there: `logits - logsumexp` are the answers' log-probabilities.
     """
 
@@ -182,7 +182,12 @@ class Scorer(nn.Module):
         return jnp.concatenate(rows)[None]
 
     def answer(
-        self, table_BMD: jax.Array, token_ids_BQL: jax.Array, mask_BQL: jax.Array, image_index_BQL: jax.Array
+        self,
+        table_BMD: jax.Array,
+        token_ids_BQL: jax.Array,
+        mask_BQL: jax.Array,
+        image_index_BQL: jax.Array,
+        answer_ids_BQ2: jax.Array | None = None,
     ) -> ScorerOutput:
         """Answers questions about images that are encoded already, each question in a row of its own.
 
@@ -193,9 +198,10 @@ class Scorer(nn.Module):
             finite logits that mean nothing.
           image_index_BQL: row of the table that stands at each placeholder, -1 for text. A row beyond the table gives
             NaN.
+          answer_ids_BQ2: token ids of each question's two answers; by default the module's own, of (No, Yes).
 
         Raises:
-          ValueError: shapes that do not belong together, or no `answer_ids`.
+          ValueError: shapes that do not belong together, or no answer ids.
         """
         _check_shapes(table_BMD, token_ids_BQL, mask_BQL, image_index_BQL)
         batch, questions, length = token_ids_BQL.shape
@@ -208,7 +214,7 @@ class Scorer(nn.Module):
         )
         last = length - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        return self._read(hidden.reshape(batch, questions, -1))
+        return self._read(hidden.reshape(batch, questions, -1), answer_ids_BQ2)
 
     def answer_packed(
         self,
@@ -218,6 +224,7 @@ class Scorer(nn.Module):
         segment_ids_BS: jax.Array,
         image_index_BS: jax.Array,
         answer_place_BQ: jax.Array,
+        answer_ids_BQ2: jax.Array | None = None,
     ) -> ScorerOutput:
         """Answers the questions of a sample packed into one row, which computes a shared beginning once.
 
@@ -229,14 +236,15 @@ class Scorer(nn.Module):
             on the questions, which do not see each other, -1 on padding.
           image_index_BS: as in `answer`.
           answer_place_BQ: index in the row of each question's last token, where its answer is read.
+          answer_ids_BQ2: as in `answer`.
 
         Raises:
-          ValueError: shapes that do not belong together, or no `answer_ids`.
+          ValueError: shapes that do not belong together, or no answer ids.
         """
         _check_shapes(table_BMD, token_ids_BS, positions_BS, image_index_BS, segment_ids_BS)
         embeddings_BSD = self._embed(table_BMD, token_ids_BS, image_index_BS)
         hidden_BSD = self.language(embeddings_BSD, positions_BS, causal_mask(segment_ids_BS >= 0, segment_ids_BS))
-        return self._read(jnp.take_along_axis(hidden_BSD, answer_place_BQ[:, :, None], axis=1))
+        return self._read(jnp.take_along_axis(hidden_BSD, answer_place_BQ[:, :, None], axis=1), answer_ids_BQ2)
 
     def _embed(self, table_BMD: jax.Array, token_ids_BS: jax.Array, image_index_BS: jax.Array) -> jax.Array:
         """Embeds tokens, with rows of the image table in the places of the placeholders: [B, S, D]."""
@@ -245,16 +253,17 @@ class Scorer(nn.Module):
         image_BSD = jnp.take_along_axis(table_BMD.astype(text_BSD.dtype), jnp.maximum(index_BS1, 0), axis=1)
         return jnp.where(index_BS1 >= 0, image_BSD, text_BSD)
 
-    def _read(self, hidden_BQD: jax.Array) -> ScorerOutput:
+    def _read(self, hidden_BQD: jax.Array, answer_ids_BQ2: jax.Array | None) -> ScorerOutput:
         """Answers from the hidden states of the answers' places alone: [B, Q, V] is all of the vocabulary ever made."""
-        if self.answer_ids is None:
+        if answer_ids_BQ2 is None and self.answer_ids is None:
             raise ValueError(
                 "the scorer has no answer_ids; give answer_ids=(no, yes), the token ids of its two answers, or load it "
                 "from a directory that holds its tokenizer"
             )
         logits_BQV = self.language.unembed(hidden_BQD)
-        no, yes = self.answer_ids
-        logits_BQ2 = jnp.stack([logits_BQV[..., no], logits_BQV[..., yes]], axis=-1)
+        if answer_ids_BQ2 is None:
+            answer_ids_BQ2 = jnp.broadcast_to(jnp.asarray(self.answer_ids), (*logits_BQV.shape[:2], 2))
+        logits_BQ2 = jnp.take_along_axis(logits_BQV, answer_ids_BQ2, axis=-1)
         return ScorerOutput(logits_BQ2, jax.nn.logsumexp(logits_BQV, axis=-1))
 
 

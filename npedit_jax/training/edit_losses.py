@@ -20,11 +20,10 @@ from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow, matching, unroll
 from npedit_jax.pixels import to_pixels
 from npedit_jax.sampling import Text, encode_text
+from npedit_jax.training import steps
 from npedit_jax.training.steps import Batch, Metrics, Modules, Params
 
 PROBES = ("dmd", "scorer")
-UNPACKED = ("question_ids", "question_mask", "image_index")
-PACKED = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index", "answer_place")
 INSIDE = 1.0 - 1e-4
 
 
@@ -179,16 +178,12 @@ def dmd_loss(
 
 
 def answers(modules: Modules, params: Params, reference: jax.Array, edited: jax.Array, batch: Batch) -> ScorerOutput:
-    """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only.
-
-    Both questions stand in one packed row where the batch holds one, else each in a row of its own.
-    """
+    """The scorer's output on (reference, edit); the vision tower is differentiated for the edit only."""
     scorer, variables = modules["scorer"], {"params": params}
     first = jax.lax.stop_gradient(scorer.apply(variables, reference[:, None], method="encode_images"))
     second = scorer.apply(variables, edited[:, None], method="encode_images")
     table = jnp.concatenate([first, second], axis=1)
-    method, fields = ("answer_packed", PACKED) if "packed_ids" in batch else ("answer", UNPACKED)
-    return scorer.apply(variables, table, *(batch[field] for field in fields), method=method)
+    return steps.answer(scorer, params, table, batch)
 
 
 def student_loss(

@@ -62,6 +62,7 @@ def build(
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
+    adam_factor: float = 1.0,
 ) -> optax.GradientTransformation:
     """Builds the optimizer of one network.
 
@@ -69,6 +70,7 @@ def build(
       name: "adam" (AdamW when weight_decay > 0; with b1 = 0 no first moment is stored) or "muon" (Muon on matrices with
         momentum b1, Adam with (b1, b2) on the rest).
       clip_norm: global-norm clip before the optimizer; 0 leaves gradients as they are.
+      adam_factor: with "muon", the learning rate of what Adam trains over that of the matrices.
 
     Raises:
       ValueError: unknown name.
@@ -80,6 +82,7 @@ def build(
             beta=b1,
             adam_b1=b1,
             adam_b2=b2,
+            adam_learning_rate=_times(learning_rate, adam_factor),
             weight_decay=weight_decay,
             muon_weight_dimension_numbers=_muon_dimensions,
         )
@@ -89,6 +92,10 @@ def build(
     moments = optax.scale_by_adam(b1, b2, epsilon) if b1 else scale_by_second_moment(b2, epsilon)
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
     return optax.chain(clip, moments, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _times(rate: optax.Schedule | float, factor: float) -> optax.Schedule | float:
+    return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
 
 
 class Update(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from npedit_jax.models import lora
+from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import state as states
@@ -21,6 +22,8 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Modules = Mapping[str, nn.Module]
 Rules = Mapping[str, optax.GradientTransformation]
+UNPACKED = ("question_ids", "question_mask", "image_index")
+PACKED = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index", "answer_place")
 Step = Callable[[states.TrainState, Mapping[str, Params], Batch, jax.Array], tuple[states.TrainState, Metrics]]
 
 
@@ -175,10 +178,17 @@ def student_flow_step(
     return _train(loss, rules, ema=ema, skip_norm=skip_norm, skip_from=skip_from, frozen_names=pad_tokens)
 
 
+def answer(scorer: nn.Module, params: Params, table_BMD: jax.Array, batch: Batch) -> ScorerOutput:
+    """The scorer's output on an image table; the questions stand in one packed row where the batch holds one."""
+    method, fields = ("answer_packed", PACKED) if "packed_ids" in batch else ("answer", UNPACKED)
+    arguments = [batch[field] for field in fields]
+    return scorer.apply({"params": params}, table_BMD, *arguments, batch.get("answer_ids"), method=method)
+
+
 def scorer_step(
     modules: Modules, rules: Rules, *, ema: float, skip_norm: float, roundtrip: float, latent_noise: float
 ) -> Step:
-    """Yes/No cross-entropy of the scorer's answers.
+    """Cross-entropy of the scorer's answers over the whole vocabulary: Yes or No, or a word.
 
     Args:
       roundtrip: share of the samples whose second image goes through the autoencoder first, with noise on its latents:
@@ -201,15 +211,14 @@ def scorer_step(
         if roundtrip:
             second = through_autoencoder(frozen["autoencoder"], pixels[:, 1], rng)
             pixels = jnp.stack([pixels[:, 0], second], axis=1)
-        output = modules["scorer"].apply(
-            {"params": params["scorer"]}, pixels, batch["question_ids"], batch["question_mask"], batch["image_index"]
-        )
-        answer, weight = batch["answer"], batch["question_weight"]
-        losses = feedback.answer_loss(output.logits, output.logsumexp, answer, weight)
-        probability = feedback.yes_probability(output.logits)
-        right = ((probability > 0.5) == (answer > 0.5)) * weight
+        table = modules["scorer"].apply({"params": params["scorer"]}, pixels, method="encode_images")
+        output = answer(modules["scorer"], params["scorer"], table, batch)
+        wanted, weight = batch["answer"], batch["question_weight"]
+        losses = feedback.answer_loss(output.logits, output.logsumexp, wanted, weight, form="vocabulary")
+        probability = jnp.exp(output.logits[..., 1] - output.logsumexp)
+        right = ((probability > 0.5) == (wanted > 0.5)) * weight
         # An answer between Yes and No costs its own entropy at best: without it, 0 is perfect.
-        entropy = -(jax.scipy.special.xlogy(answer, answer) + jax.scipy.special.xlogy(1 - answer, 1 - answer)) * weight
+        entropy = -(jax.scipy.special.xlogy(wanted, wanted) + jax.scipy.special.xlogy(1 - wanted, 1 - wanted)) * weight
         total = jnp.mean(losses)
         count = jnp.maximum(jnp.sum(weight), 1.0)
         return total, {"loss": total, "right": jnp.sum(right) / count, "entropy": jnp.sum(entropy) / count}

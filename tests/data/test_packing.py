@@ -10,7 +10,7 @@ from npedit_jax.data import easyvqa, packing, pipeline, questions
 from npedit_jax.data.batches import Feed
 from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer, TextTokenizer
 from npedit_jax.objectives import feedback
-from npedit_jax.training import edit_losses, networks
+from npedit_jax.training import edit_losses, networks, steps
 from tests.training.tiny_networks import SPECS
 
 PACKAGE = "package:pretrained/easyvqa/"
@@ -92,9 +92,9 @@ def both_layouts(tokenizer):
 def test_batches_hold_one_layout_or_the_other(both_layouts):
     unpacked, packed = both_layouts
     assert set(unpacked["edit_type"].tolist()) == set(range(len(easyvqa.EDIT_TYPES)))
-    assert set(edit_losses.UNPACKED) == set(unpacked) - set(packed)
-    assert set(edit_losses.PACKED) == set(packed) - set(unpacked)
-    for field in edit_losses.PACKED:
+    assert set(steps.UNPACKED) == set(unpacked) - set(packed)
+    assert set(steps.PACKED) == set(packed) - set(unpacked)
+    for field in steps.PACKED:
         assert packed[field].shape == ((8, 2) if field == "answer_place" else (8, PACKED))
         assert packed[field].dtype == np.int32
     for field in set(packed) & set(unpacked):

@@ -8,8 +8,9 @@ import itertools
 import numpy as np
 import pytest
 
-from npedit_jax.data import batches, easyvqa, easyvqa_edits, pipeline, questions, tokenize
+from npedit_jax.data import batches, easyvqa, easyvqa_edits, pipeline, questions, scorer_pairs, tokenize
 from npedit_jax.data.batches import Feed
+from npedit_jax.training import steps
 
 LENGTH, IMAGE_TOKENS, PROMPT = 16, 4, 64
 EDIT_WEIGHTS = {"recolor": 0.33, "remove": 0.33, "replace": 0.33, "nothing": 0.01}
@@ -19,7 +20,7 @@ GUIDANCE = {"recolor": 1.5, "remove": 2.0, "replace": 2.5, "nothing": 1.0}
 @dataclasses.dataclass(frozen=True)
 class Example:
     images: tuple[np.ndarray, np.ndarray]
-    questions: list[tuple[str, str, float]]
+    questions: list[scorer_pairs.Asked]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,10 @@ def make(data, tokenizers):
 
     def pairs(index, rng):
         other = int(rng.integers(len(data)))
-        asked = [("vqa", "is there a circle?", rng.random()), ("edit_remove", "is there a circle?", 0.0)]
+        asked = [
+            scorer_pairs.Asked("vqa", "is there a circle?", rng.random()),
+            scorer_pairs.Asked("vqa", "what color is the circle?", 1.0, "red"),
+        ]
         return Example((data.images[index], data.images[other]), asked[: 1 + index % 2])
 
     options = {
@@ -97,7 +101,12 @@ SPECS = {
         "negative_ids": ("int32", (1, L)),
         "negative_mask": ("bool", (1, L)),
     },
-    "scorer": {"images": ("uint8", (B, 2, H, H, 3)), **ASKED(3), "answer": ("float32", (B, 3))},
+    "scorer": {
+        "images": ("uint8", (B, 2, H, H, 3)),
+        **ASKED(3),
+        "answer_ids": ("int32", (B, 3, 2)),
+        "answer": ("float32", (B, 3)),
+    },
     "supervised": {**{name: ("uint8", (B, H, H, 3)) for name in ("reference", "target")}, **TEXT("instruction")},
 }
 
@@ -254,10 +263,26 @@ def test_scorer_pads_missing_questions_with_weight_zero(make, data, tokenizers):
         assert weights.tolist() == [1.0] * count + [0.0] * (3 - count)
         assert (batch["question_ids"][row, count:] == batch["question_ids"][row, :1]).all()
         assert batch["question_mask"][row].any(-1).all()
+        words = [tokenizers[1].answer_id(word) for word in ("Yes", "red", "Yes")]
+        wanted = words if count == 2 else words[:1] * 3
+        assert batch["answer_ids"][row].tolist() == [[tokenizers[1].answer_id("No"), word] for word in wanted]
     assert len(set(batch["answer"][:, 0].tolist())) == 8
     with pytest.raises(ValueError, match="room for 1"):
         dataset = make("scorer", questions=1)
         [dataset[step] for step in range(3)]
+
+
+def test_packed_scorer_rows_hold_the_same_questions(make):
+    apart, packed = make("scorer")[0], make("scorer", packed_length=2 * PROMPT)[0]
+    assert set(apart) - set(packed) == set(steps.UNPACKED) and set(packed) - set(apart) == set(steps.PACKED)
+    for row, weights in enumerate(apart["question_weight"]):
+        for place in range(3):
+            last = apart["question_ids"][row, place][apart["question_mask"][row, place]]
+            length, end = len(last), packed["answer_place"][row, place] + 1
+            segments = packed["packed_segments"][row]
+            own = (segments == segments[end - 1]).sum()
+            assert packed["packed_ids"][row, end - own : end].tolist() == last[length - own :].tolist()
+        assert (packed["answer_place"][row, weights == 0] == packed["answer_place"][row, 0]).all()
 
 
 def test_question_weights_and_negative_prompt(make, tokenizers):

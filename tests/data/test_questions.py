@@ -16,6 +16,7 @@ def test_tasks_hold_the_same_kinds_with_the_same_meaning(task):
         "identity": ((0, 1), True),
         "identity_remove": ((0, 1), True),
         "vqa": ((1,), True),
+        "look": ((0, 1), True),
     }
 
 

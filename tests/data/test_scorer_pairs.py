@@ -34,15 +34,48 @@ def test_shapes_kinds_and_probabilities(examples, data):
     for example in examples:
         assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in example.images)
         assert 1 <= len(example.questions) <= 3
-        for kind, text, answer in example.questions:
+        assert len({questions.EASYVQA[asked.kind].images for asked in example.questions}) == 1
+        for kind, text, answer, word in example.questions:
             assert kind in questions.EASYVQA and text
             assert 0.0 < answer < 1.0
+            assert word in ("Yes", *easyvqa.COLORS, *easyvqa.CLASSES)
 
 
 def test_every_kind_of_question_has_both_answers(examples):
-    for kind in questions.EASYVQA:
-        answers = np.array([answer for example in examples for name, _, answer in example.questions if name == kind])
+    for kind in set(questions.EASYVQA) - {"look"}:
+        asked = [item for example in examples for item in example.questions if item.kind == kind and item.word == "Yes"]
+        answers = np.array([item.answer for item in asked])
         assert 0.15 < (answers > 0.5).mean() < 0.85, kind
+
+
+def test_looks_say_what_the_images_show(source, data):
+    seen = {1: 0, 2: 0}
+    for index in range(300):
+        example = source(index, np.random.default_rng(index))
+        for asked in example.questions:
+            if asked.kind == "look":
+                number = 1 if "image-1" in asked.text else 2
+                reading = easyvqa_judge.read(example.images[number - 1])
+                if reading.shape is not None and len(example.questions) > 2:  # side effects may hide a shape
+                    seen[number] += asked.word in (reading.color, reading.kind)
+                    assert number == 2 or asked.word in (data.shapes[index].color, data.shapes[index].kind)
+    assert min(seen.values()) > 40
+
+
+def test_other_edits_are_answered_by_what_is_to_be_seen(data, source):
+    red = easyvqa.Shape("red", "circle")
+    edit, rng = easyvqa.draw_edit(np.random.default_rng(0), red, "recolor"), np.random.default_rng(1)
+    pixels = np.zeros((64, 64, 3), np.float32)
+    made = scorer_pairs.Candidate(pixels, 0.7, 1.0)
+    paraphrase, other = dataclasses.replace(edit, instruction="paint it"), easyvqa.draw_edit(rng, red, "replace")
+    assert scorer_pairs.carried_out(paraphrase, edit, made) == 0.7
+    assert scorer_pairs.carried_out(other, edit, made) == 0.0  # half a colour is no other class
+    another = dataclasses.replace(edit, target=easyvqa.Shape("gray", "circle"))
+    assert scorer_pairs.carried_out(another, edit, made) is None  # it may lie on the way
+    assert scorer_pairs.carried_out(another, edit, dataclasses.replace(made, shape=another.target)) == 1.0
+    assert scorer_pairs.carried_out(another, edit, dataclasses.replace(made, shape=red)) == 0.0
+    nothing = easyvqa.draw_edit(rng, red, "nothing")
+    assert scorer_pairs.carried_out(other, nothing, made) is None
 
 
 def test_first_image_is_always_an_image_of_the_data(source, data):
@@ -92,7 +125,7 @@ def test_faults_lie_on_both_answers_alike(examples):
     """Mean roughness of candidates must not tell Yes from No."""
     rough = {True: [], False: []}
     for example in examples:
-        for kind, _, answer in example.questions:
+        for kind, _, answer, _ in example.questions[:1]:
             if kind == "edit" and not 0.1 < answer < 0.9:
                 pixels = example.images[1].astype(float)
                 corner = pixels[:6, :6]

@@ -355,6 +355,17 @@ def test_a_batch_of_questions_is_its_single_questions(small):
             assert relative(alone.logsumexp[0, 0], together.logsumexp[sample, q]) <= FORWARD
 
 
+def test_each_question_may_have_answers_of_its_own(small):
+    module, params = small
+    table = np.random.default_rng(0).normal(size=(1, 32, 32)).astype(np.float32)
+    asked, pairs = questions([5, 9], [2, 1]), [(3, 40), (7, 8)]
+    found = apply(module, params, table, *asked, np.array([pairs]), method="answer")
+    for q, pair in enumerate(pairs):
+        expected = apply(module.clone(answer_ids=pair), params, table, *asked, method="answer")
+        np.testing.assert_array_equal(found.logits[0, q], expected.logits[0, q])
+        np.testing.assert_array_equal(found.logsumexp, expected.logsumexp)
+
+
 def test_an_empty_question_is_finite_and_pulls_on_nothing(small):
     module, params = small
     table = np.random.default_rng(0).normal(size=(1, 32, 32)).astype(np.float32)

@@ -58,6 +58,16 @@ def test_muon_treats_stacked_layers_one_by_one():
         np.testing.assert_allclose(stacked["kernel"][layer], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [1e-2, optax.linear_schedule(1e-2, 0.0, 10)])
+def test_what_muon_leaves_to_adam_can_have_a_rate_of_its_own(rate):
+    alike, slower = (
+        _run(optimizer.build("muon", learning_rate=rate, b1=0.9, b2=0.99, adam_factor=factor), 3) for factor in (1, 0.5)
+    )
+    start = _params()
+    np.testing.assert_array_equal(alike["kernel"], slower["kernel"])
+    np.testing.assert_allclose(alike["bias"] - start["bias"], 2 * (slower["bias"] - start["bias"]), rtol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
 def test_bad_gradients_change_nothing_and_are_told(bad):
     rule = optimizer.build("adam", learning_rate=1e-2, b1=0.9, b2=0.99)
