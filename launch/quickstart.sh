@@ -8,6 +8,9 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+# With glibc, memory of one step is kept for the next instead of going back to the system: 10 to 15 % of a step.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" MALLOC_TOP_PAD_=268435456
+export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 .venv/bin/python -m npedit_jax.train --config configs/easyvqa/npedit.py --workdir runs/easyvqa "$@"
 .venv/bin/python -m npedit_jax.evaluate --checkpoint runs/easyvqa --benchmark easyvqa \
   --output runs/easyvqa/evaluation --report runs/easyvqa/report.html

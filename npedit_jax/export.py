@@ -22,7 +22,7 @@ from npedit_jax import weights
 from npedit_jax.data import easyvqa
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
-from npedit_jax.training import networks, workdirs
+from npedit_jax.training import networks, stages, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.weights import release
 from npedit_jax.weights.saving import MAX_SHARD_BYTES, copy_tokenizer
@@ -40,6 +40,8 @@ FOLDERS = {
 def trained_networks(run: epath.PathLike, *, raw: bool = False) -> dict[str, networks.Network]:
     """The averaged networks of a run's newest checkpoint, by name; `raw` takes the parameters as trained instead.
 
+    Adapters are merged into the weights that they lie on.
+
     Raises:
       WorkdirError: the directory is no run, or has no checkpoint yet.
     """
@@ -49,12 +51,11 @@ def trained_networks(run: epath.PathLike, *, raw: bool = False) -> dict[str, net
     if step is None:
         raise workdirs.WorkdirError(f"{run} has no checkpoint yet; let the run reach its first one")
     part = "params" if raw else "ema"
-    made = {name: config.networks[name] for name in config.optimizer if name in FOLDERS}
-    modules = {name: networks.module_of(spec) for name, spec in made.items()}
-    shapes = {name: networks.shapes(made[name].kind, module) for name, module in modules.items()}
-    params = checkpoints.restore_part(step, {part: shapes})[part]
+    made = stages.abstract_networks(config, [name for name in config.optimizer if name in FOLDERS])
+    params = checkpoints.restore_part(step, {part: {name: item.params for name, item in made.items()}})[part]
     checkpoints.close()
-    return {name: networks.Network(module, params[name]) for name, module in modules.items()}
+    params = stages.whole(config, params)
+    return {name: networks.Network(item.module, params[name]) for name, item in made.items()}
 
 
 def export(

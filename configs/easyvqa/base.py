@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "base"
     config.seed = 0
-    config.steps = 4000
-    config.batch_size = 16
+    config.steps = 7000
+    config.batch_size = 32
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
