@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from npedit_jax import export, sampling
 from npedit_jax.data import easyvqa, questions, scorer_pairs
+from npedit_jax.data.batches import QuestionCache
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.editor import Editor
 from npedit_jax.evaluation import easyvqa as benchmark
 from npedit_jax.evaluation import easyvqa_judge
-from npedit_jax.objectives import feedback
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import networks
 
@@ -133,32 +134,39 @@ def warmup_figures(run: str | None, images: int) -> Figures:
         yield f"{edit_type}: kept error, 0 to 255", figures["kept_error"]
 
 
-def scorer_figures(run: str | None, images: int, *, rounds: int = 4) -> Figures:
-    """Right answers per edit type and kind of question about pairs of test images, where the answer is clear."""
+def scorer_figures(run: str | None, images: int, *, rounds: int = 4, most: int = 6) -> Figures:
+    """Right answers per edit type and kind of question about pairs of test images, where the answer is clear.
+
+    An answer is right where its word has more than half of the probability over the whole vocabulary, or, if it should
+    be No, has not. Up to `most` questions of a pair are asked.
+    """
     module, params = load(run, "scorer")["scorer"]
     tokenizer = ScorerTokenizer(networks.resolve(f"{PACKAGE}scorer"), module.image_tokens, QUESTION_LENGTH)
-    templates = questions.EASYVQA
-    pairs = scorer_pairs.PairSource(easyvqa.load("test"), templates)
-    answer = jax.jit(
-        lambda *inputs: feedback.yes_probability(
-            module.apply({"params": params}, to_pixels(inputs[0]), *inputs[1:]).logits
-        )
-    )
-    right = collections.defaultdict(list)
+    prompts, templates = QuestionCache(tokenizer), questions.EASYVQA
+    pairs = scorer_pairs.PairSource(easyvqa.load("test"), templates, most)
+
+    def answer(shown, ids, mask, image_index, answer_ids):
+        table = module.apply({"params": params}, to_pixels(shown), method="encode_images")
+        said = module.apply({"params": params}, table, ids, mask, image_index, answer_ids, method="answer")
+        return jnp.exp(said.logits[..., 1] - said.logsumexp)
+
+    def ask(asked):
+        texts = [questions.Question(x.kind, x.text, templates[x.kind].images, x.answer) for x in asked]
+        words = [(tokenizer.answer_id("No"), tokenizer.answer_id(x.word)) for x in asked]
+        return *prompts.fields(texts, most).values(), np.array(words + words[:1] * (most - len(words)), np.int32)
+
+    program, right = jax.jit(answer), collections.defaultdict(list)
     for start in tqdm.trange(0, rounds * images, BATCH, desc="scorer", mininterval=5):
-        examples = [
-            pairs(number % images, np.random.default_rng([1, number])) for number in range(start, start + BATCH)
-        ]
-        for place in range(2):
-            # An example with one question is asked it twice; it is counted once.
-            asked = [example.questions[min(place, len(example.questions) - 1)] for example in examples]
-            tokens = tokenizer([questions.Question(kind, text, templates[kind].images, 1.0) for kind, text, _ in asked])
-            prompts = [x[:, None] for x in (tokens.ids, tokens.mask, tokens.image_index)]
-            said = answer(np.stack([np.stack(example.images) for example in examples]), *prompts)[:, 0]
-            for example, (kind, _, wanted), yes in zip(examples, asked, np.asarray(said), strict=True):
-                if place < len(example.questions) and not 0.1 < wanted < 0.9:
-                    name = " ".join(filter(None, (example.edit_type, kind.removesuffix("_remove"))))
-                    right[name].append((yes > 0.5) == (wanted > 0.5))
+        numbers = range(start, start + BATCH)
+        examples = [pairs(number % images, np.random.default_rng([1, number])) for number in numbers]
+        columns = [np.stack(column) for column in zip(*(ask(example.questions) for example in examples), strict=True)]
+        said = np.asarray(program(np.stack([np.stack(example.images) for example in examples]), *columns))
+        for example, row in zip(examples, said, strict=True):
+            for asked, likely in zip(example.questions, row, strict=False):
+                if not 0.1 < asked.answer < 0.9:
+                    kind = "word" if asked.word != "Yes" else ""
+                    name = " ".join(filter(None, (example.edit_type, asked.kind.removesuffix("_remove"), kind)))
+                    right[name].append((likely > 0.5) == (asked.answer > 0.5))
     for name, values in sorted(right.items()):
         yield f"{name}: right of {len(values)}, %", 100 * np.mean(values)
 

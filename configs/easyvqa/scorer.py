@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "scorer"
     config.seed = 0
-    config.steps = 2000
+    config.steps = 3000
     config.batch_size = 32
     config.cpu_devices = 1
 
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             select_layer=-1,
             vision_config=dict(
                 hidden_size=128,
-                num_hidden_layers=3,
+                num_hidden_layers=2,
                 num_attention_heads=4,
                 intermediate_size=384,
                 patch_size=8,
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
             ),
             # Only the small experiment has a stem: outlines are finer than a patch of 8 pixels.
             # The answers are (No, Yes) in its tokenizer.
-            npedit=dict(stem=(32, 64), layer_scale=1.0, answer_ids=(7, 8)),
+            npedit=dict(stem=(32, 64, 128), layer_scale=1.0, answer_ids=(7, 8)),
         ),
     )
     config.data = ConfigDict(
@@ -71,10 +71,10 @@ def get_config() -> ConfigDict:
         dict(
             scorer=dict(
                 name="muon",
-                learning_rate=1.2e-2,
-                adam_factor=0.25,
-                final_learning_rate=5e-5,
-                warmup_steps=100,
+                learning_rate=1.5e-3,
+                adam_factor=0.67,  # a higher rate of embeddings and norms drowns what pictures have to say
+                final_learning_rate=1e-4,
+                warmup_steps=20,
                 b1=0.95,
                 b2=0.99,
                 weight_decay=0.0,

@@ -189,7 +189,7 @@ def scorer(
             )
         asked = [
             questions_lib.Question(kind, text, templates[kind].images, answer)
-            for kind, text, answer, _ in example.questions
+            for kind, text, answer, *_ in example.questions
         ]
         pad = questions - len(asked)
         words = [answer_ids[question.word] for question in example.questions]
@@ -198,7 +198,7 @@ def scorer(
             **prompts.fields(asked, questions, packed_length),
             "answer_ids": np.array([(answer_ids["No"], word) for word in words + words[:1] * pad], np.int32),
             "answer": np.array([question.answer for question in asked] + [0.0] * pad, np.float32),
-            "question_weight": np.array([1.0] * len(asked) + [0.0] * pad, np.float32),
+            "question_weight": np.array([question.weight for question in example.questions] + [0.0] * pad, np.float32),
         }
 
     return batches({"all": (1.0, sample)}, len(data), feed)

@@ -20,6 +20,8 @@ from npedit_jax.data.easyvqa_edits import Scene
 
 EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
 CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.1, "fade": 0.22, "morph": 0.1, "part": 0.1, "wrong": 0.18, "soft": 0.1}
+UNRELATED_SHARE = 0.1  # candidates that show another image: from them comparing is learned first
+IDENTITY_WEIGHT = 2.0  # comparing images is the hardest of all that is asked
 VQA_SHARE = 0.35
 SIDE_EFFECT_SHARE = 0.5
 REMOVAL_SHOWN_ALONE = 0.6  # of the removals, the rest shows both images
@@ -35,6 +37,7 @@ class Asked(NamedTuple):
     text: str
     answer: float
     word: str = "Yes"
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,10 @@ class PairSource:
         """
         reference, scene, source = self._data.images[index], self.scene(index), self._data.shapes[index]
         edit = easyvqa.draw_edit(rng, source, choose(EDIT_SHARES, rng))
-        made = candidate(scene, edit, rng)
+        if rng.random() < UNRELATED_SHARE:
+            made = self._unrelated(rng)
+        else:
+            made = candidate(scene, edit, rng)
         if rng.random() < SIDE_EFFECT_SHARE:
             made = side_effect(made, scene, rng)
         pixels = to_uint8(spoil(made.pixels, rng))
@@ -116,6 +122,11 @@ class PairSource:
         else:
             answers = self._both_images(edit, made, rng)
         return ScorerExample((reference, pixels), tuple(answers[: self._questions]), edit.edit_type)
+
+    def _unrelated(self, rng: np.random.Generator) -> Candidate:
+        """Any other image of the data."""
+        index = int(rng.integers(len(self._data)))
+        return Candidate(np.float32(self._data.images[index]), 0.0, 1.0, 0.0, self._data.shapes[index])
 
     def _both_images(self, edit: Edit, made: Candidate, rng: np.random.Generator) -> list[Asked]:
         """Questions about both images, those of the edit first."""
@@ -141,7 +152,8 @@ class PairSource:
 
     def _answer(self, kind: str, edit: Edit, answer: float, object: str = "") -> Asked:
         fields = dict(instruction=edit.instruction, object=object or edit.object)
-        return Asked(kind, questions_lib.ask(self._templates, kind, **fields).text, sure(answer))
+        weight = IDENTITY_WEIGHT if kind.startswith("identity") else 1.0
+        return Asked(kind, questions_lib.ask(self._templates, kind, **fields).text, sure(answer), weight=weight)
 
 
 def carried_out(other: Edit, edit: Edit, made: Candidate) -> float | None:
@@ -284,16 +296,17 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
     pixels, choice = made.pixels, rng.random()
     if choice < 0.35:  # the ground, or all of it, drifts
         shift = rng.normal(size=3).astype(np.float32)
-        shift *= rng.uniform(0.0, 25.0) / np.abs(shift).mean()
+        shift *= drift(rng) / np.abs(shift).mean()
         changed = pixels + shift if rng.random() < 0.4 else np.where(on_ground(pixels, scene), pixels + shift, pixels)
     elif choice < 0.5:  # low-frequency drift
-        coarse = rng.normal(size=(3, 4, 4)).astype(np.float32) * rng.uniform(0.0, 25.0)
+        coarse = rng.normal(size=(3, 4, 4)).astype(np.float32) * drift(rng)
         planes = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC) for plane in coarse]
         changed = pixels + np.stack([np.asarray(plane) for plane in planes], axis=-1)
     elif choice < 0.7:  # everything moves by a few pixels
-        down, right = rng.integers(-6, 7, 2)
-        pad = np.pad(pixels, ((6, 6), (6, 6), (0, 0)), mode="edge")
-        changed = pad[6 + down : 6 + down + height, 6 + right : 6 + right + width]
+        most = int(rng.choice((6, 20)))
+        down, right = rng.integers(-most, most + 1, 2)
+        pad = np.pad(pixels, ((most, most), (most, most), (0, 0)), mode="edge")
+        changed = pad[most + down : most + down + height, most + right : most + right + width]
         if np.abs(changed - pixels).max() < 15:
             return made  # of a bare ground nothing moves
         moved = float(np.hypot(down, right))
@@ -312,6 +325,11 @@ def side_effect(made: Candidate, scene: Scene, rng: np.random.Generator) -> Cand
     changed = np.clip(changed, 0, 255)
     error = float(np.abs(changed - pixels)[scene.alpha < 0.01].mean())
     return dataclasses.replace(made, pixels=changed, same=made.same * falls(error, SAME, CHANGED))
+
+
+def drift(rng: np.random.Generator) -> float:
+    """How far a colour drifts, 0 to 255: small as often as large, since what is alike is learned from what is not."""
+    return float(np.exp(rng.uniform(0.0, np.log(80.0))))
 
 
 def spoil(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

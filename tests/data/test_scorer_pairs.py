@@ -35,10 +35,10 @@ def test_shapes_kinds_and_probabilities(examples, data):
         assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in example.images)
         assert 1 <= len(example.questions) <= 3
         assert len({questions.EASYVQA[asked.kind].images for asked in example.questions}) == 1
-        for kind, text, answer, word in example.questions:
-            assert kind in questions.EASYVQA and text
-            assert 0.0 < answer < 1.0
-            assert word in ("Yes", *easyvqa.COLORS, *easyvqa.CLASSES)
+        for asked in example.questions:
+            assert asked.kind in questions.EASYVQA and asked.text
+            assert 0.0 < asked.answer < 1.0
+            assert asked.word in ("Yes", *easyvqa.COLORS, *easyvqa.CLASSES)
 
 
 def test_every_kind_of_question_has_both_answers(examples):
@@ -60,6 +60,22 @@ def test_looks_say_what_the_images_show(source, data):
                     seen[number] += asked.word in (reading.color, reading.kind)
                     assert number == 2 or asked.word in (data.shapes[index].color, data.shapes[index].kind)
     assert min(seen.values()) > 40
+
+
+def test_an_unrelated_image_is_no_edit_and_not_the_same(monkeypatch, data, source):
+    monkeypatch.setattr(scorer_pairs, "UNRELATED_SHARE", 1.0)
+    monkeypatch.setattr(scorer_pairs, "SIDE_EFFECT_SHARE", 0.0)
+    monkeypatch.setattr(scorer_pairs, "VQA_SHARE", 0.0)
+    counted = 0
+    for index in range(60):
+        example = source(index, np.random.default_rng(index))
+        for asked in example.questions:
+            if asked.kind == "edit_remove":  # an object is to be seen
+                assert asked.answer > 0.9
+            elif asked.kind != "look":
+                assert asked.answer < 0.1
+                counted += 1
+    assert counted > 60
 
 
 def test_other_edits_are_answered_by_what_is_to_be_seen(data, source):
@@ -125,11 +141,11 @@ def test_faults_lie_on_both_answers_alike(examples):
     """Mean roughness of candidates must not tell Yes from No."""
     rough = {True: [], False: []}
     for example in examples:
-        for kind, _, answer, _ in example.questions[:1]:
-            if kind == "edit" and not 0.1 < answer < 0.9:
+        for asked in example.questions[:1]:
+            if asked.kind == "edit" and not 0.1 < asked.answer < 0.9:
                 pixels = example.images[1].astype(float)
                 corner = pixels[:6, :6]
-                rough[answer > 0.5].append(np.abs(np.diff(corner, axis=0)).mean())
+                rough[asked.answer > 0.5].append(np.abs(np.diff(corner, axis=0)).mean())
     assert 0.7 < np.mean(rough[True]) / np.mean(rough[False]) < 1.4
 
 
