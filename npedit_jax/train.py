@@ -1,9 +1,14 @@
 """Trains one stage: `python -m npedit_jax.train --config configs/X.py --workdir DIR [--config.a.b=v]`.
 
-Started again with the same workdir it resumes. A config is a Python file and is executed: run only configs you trust.
+Started again with the same workdir it resumes. SIGTERM and Ctrl-C make it save and end. A config is a Python file and
+is executed: run only configs you trust.
 """
 
+import contextlib
+import multiprocessing
+import os
 import sys
+from typing import NoReturn
 
 import jax
 from absl import flags, logging
@@ -17,6 +22,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 def main(argv: list[str]) -> int:
     """Command line; returns the exit status. What the user can mend is told in one line."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every rename at the level below
+    if {"--help", "-h"} & set(argv):
+        print(__doc__.strip())
+        return 0
     path = _argument(argv, "--config")
     if path and not epath.Path(path).exists():  # asked first: the library's own error is a page long
         return _fail(FileNotFoundError(f"no config file at {path}; give the path of a file under configs/"))
@@ -31,15 +39,26 @@ def main(argv: list[str]) -> int:
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
-    from npedit_jax.training import loop, previews, stages, workdirs
+    from npedit_jax.training import faults, loop, previews, stages, stopping, workdir_lock, workdirs
 
-    try:
-        workdirs.check(workdir, config)
-        stage = stages.build(config)
-        workdirs.open_run(workdir, config)
-    except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
-        return _fail(error)
-    loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
+    with contextlib.ExitStack() as held:
+        try:
+            workdirs.check(workdir, config)
+            held.enter_context(workdir_lock.held(workdir))
+            stage = stages.build(config)
+            workdirs.open_run(workdir, config)
+        except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
+            return _fail(error)
+        try:
+            loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
+        except stopping.Stopped as stopped:
+            _fail(stopped)
+            return 128 + stopped.signal
+        except (faults.RunFault, OSError) as fault:
+            status = _fail(fault)
+            if isinstance(fault, faults.DataStall):
+                _end_without_waiting(status)
+            return status
     return 0
 
 
@@ -47,6 +66,13 @@ def _fail(error: Exception) -> int:
     message = error.args[0] if isinstance(error, KeyError) else str(error)
     print(f"train: {' '.join(message.split())}", file=sys.stderr)
     return 1
+
+
+def _end_without_waiting(status: int) -> NoReturn:
+    """Ends the process although threads of it, or its workers, never will."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
 
 
 def _argument(argv: list[str], name: str) -> str | None:

@@ -36,6 +36,11 @@ def test_bad_input_is_told_in_one_line(arguments, told, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_help_says_how_it_is_called():
+    result = _train("--help")
+    assert result.returncode == 0 and "--config configs/X.py --workdir DIR" in result.stdout
+
+
 def test_directory_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = _train("--config", CONFIG, "--workdir", str(tmp_path))

@@ -52,5 +52,6 @@ def get_config() -> ConfigDict:
     )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.checkpoint = ConfigDict(dict(every=500, keep=2))
+    config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     config.log = ConfigDict(dict(every=20, preview_every=1000))
     return config

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.checkpoint = ConfigDict(dict(every=200, keep=2))
+    config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     config.log = ConfigDict(dict(every=20, preview_every=300))
     return config
 

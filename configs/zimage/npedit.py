@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(times=TIMES, sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.checkpoint = ConfigDict(dict(every=250, keep=3))
+    config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     config.log = ConfigDict(dict(every=10, preview_every=250))
     return config
 

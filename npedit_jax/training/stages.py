@@ -55,6 +55,10 @@ class Stage:
         """Parameters of all others."""
         return {name: network.params for name, network in self.networks.items() if name not in self.rules}
 
+    def updates(self) -> dict[str, int]:
+        """How many updates each trained network gets in a step."""
+        return {name: max(1, self.inner_batches - 1) if name == "fake_score" else 1 for name in self.rules}
+
     def program(self) -> steps.Step:
         """The step as compiled programs, which take the state over."""
         return self.step if self.compiled else jax.jit(self.step, donate_argnums=0)

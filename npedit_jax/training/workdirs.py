@@ -10,7 +10,8 @@ from absl import logging
 from etils import epath
 
 # Fields that may differ from one start of a run to the next: they change how it runs, what comes out by rounding only.
-FREE_FIELDS = ("mesh.*", "checkpoint.*", "log.*", "cpu_devices", "networks.*.options.remat")
+FREE_FIELDS = ("mesh.*", "checkpoint.*", "guard.*", "log.*", "cpu_devices", "networks.*.options.remat")
+LOCK, LEASE = ".lock", ".lease"  # what holds the directory for one run, see `workdir_lock`
 
 
 class WorkdirError(ValueError):
@@ -55,7 +56,7 @@ def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
             )
         for _, line in different:
             logging.info("changed since the run began: %s", line)
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in (LOCK, LEASE) for path in workdir.iterdir()):
         raise WorkdirError(f"{workdir} is not empty and holds no run (no config.json); take another --workdir")
 
 
@@ -63,12 +64,15 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     """The resolved config of a run.
 
     Raises:
-      WorkdirError: the directory holds no run.
+      WorkdirError: the directory holds no run, or one whose config.json is damaged.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise WorkdirError(f"{workdir} is no run: it has no config.json; give the --workdir of a training run")
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WorkdirError(f"{workdir} is no run: its config.json is damaged ({error})") from error
 
 
 def plain(config: Any) -> Any:

@@ -39,7 +39,13 @@ def kind_module(kind: str) -> types.ModuleType:
 
 def build(kind: str, config: dict[str, Any], **module_options: Any) -> nn.Module:
     """Builds the Flax module of a Hugging Face `config.json`; raises ValueError on an unknown kind or setting."""
-    return kind_module(kind).build(config, **module_options)
+    make = kind_module(kind).build
+    try:
+        return make(config, **module_options)
+    except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        raise ValueError(
+            f"the config describes no network of kind {kind!r}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def parameter_shapes(kind: str, module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -168,9 +168,12 @@ def read_config(directory: epath.Path) -> dict[str, Any]:
             f"no {file}; expected a directory in the Hugging Face layout: config.json, *.safetensors"
         )
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        config = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object but a {type(config).__name__}")
+    return config
 
 
 def _check_sources(

@@ -73,7 +73,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
             header.pop("__metadata__", None)
             spans = {name: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for name, v in header.items()}
             kinds = {name: (v["dtype"], tuple(map(int, v["shape"]))) for name, v in header.items()}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{file}: corrupt header: {type(error).__name__}: {error}; download it again") from error
 
     entries = _locate(file, spans, kinds, 8 + length)

@@ -41,6 +41,7 @@ def autoencoder_config(steps: int = 6) -> ConfigDict:
             optimizer=dict(autoencoder=adam),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every=2, keep=2),
+            guard=dict(skipped_share=0.2, window=100, data_seconds=600.0),
             log=dict(every=1, preview_every=3),
         )
     )

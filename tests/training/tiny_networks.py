@@ -8,6 +8,7 @@ import numpy as np
 
 from npedit_jax import weights
 from npedit_jax.training import networks
+from tests.training.tiny import AUTOENCODER
 
 BATCH, INNER, TEXT, QUESTION = 2, 3, 4, 12
 DENOISER = dict(
@@ -35,17 +36,7 @@ LANGUAGE = dict(
 SPECS = {
     "autoencoder": (
         "autoencoder",
-        dict(
-            block_out_channels=(4, 4),
-            layers_per_block=1,
-            latent_channels=2,
-            norm_num_groups=2,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        AUTOENCODER,
     ),
     "text_encoder": ("qwen3", LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8)),
     "scorer": (
