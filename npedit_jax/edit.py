@@ -1,27 +1,32 @@
 """Edits pictures: `python -m npedit_jax.edit --checkpoint RUN --image F --instruction S --output G`.
 
-Many at once, in batches: `--batch FILE.jsonl` with lines {"image": F, "instruction": S, "output": G}, and "seed": N
-where it is to differ from --seed. Everything is checked before the first picture is made. Outputs are PNG, with the
-instruction, the seed and the checkpoint in their metadata.
+Several instructions and seeds at once, on one sheet: `--instruction A --instruction B --seeds 0 1 2 --sheet G`. Many
+pictures, in batches: `--batch FILE.jsonl` with lines {"image": F, "instruction": S, "output": G}, and "seed": N where
+it is to differ from --seed. With `--best-of N` the edit that the run's scorer likes best of N seeds is kept.
+
+Everything is checked before the first picture is made. Pictures may be of any size. Outputs are PNG, with the
+instruction, the seed, the checkpoint and the scorer's probabilities in their metadata.
 """
 
 import argparse
 import collections
 import contextlib
 import dataclasses
-import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 from absl import logging
 from etils import epath
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from npedit_jax.editor import Editor, upright
+from npedit_jax import contact_sheet, pictures
+from npedit_jax.editor import FITS, Editor
+from npedit_jax.judge import Judge, successes
+from npedit_jax.training.faults import RunFault
 
 BATCH_SIZE = 16  # pictures of one size that go through the networks at a time
 FIELDS = {"image": str, "instruction": str, "output": str, "seed": int}
@@ -36,6 +41,38 @@ class Request:
     output: str
     seed: int
     origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """An edit as made; `scores` are the scorer's probabilities that it was done and that the rest was kept."""
+
+    picture: Image.Image
+    seed: int
+    step: int | None
+    scores: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How edits are made.
+
+    Attributes:
+      raw: take the parameters as trained instead of their average.
+      fit: how pictures are fitted, see `Editor`.
+      original_size: bring edits back to the size of their picture.
+      score: ask the run's scorer about each edit.
+      best_of: seeds tried for each request, from its own upwards; above 1 the scorer chooses.
+    """
+
+    raw: bool = False
+    fit: str = FITS[0]
+    original_size: bool = False
+    score: bool = False
+    best_of: int = 1
+
+
+DEFAULTS = Options()
 
 
 def read_batch(file: epath.PathLike, seed: int) -> list[Request]:
@@ -75,21 +112,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     return fields
 
 
-def read_image(file: epath.PathLike) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], upright; raises ValueError where there is none or it does not decode."""
-    file = epath.Path(file)
-    if not file.is_file():
-        raise ValueError(f"image {file} is not there, or is no file")
-    data = file.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(upright(image))
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"image {file} does not decode: it is of no known format") from error
-    except Exception as error:  # the decoders raise whatever they stumble over: SyntaxError, struct.error, ...
-        raise ValueError(f"image {file} does not decode: {error}") from error
-
-
 def check_output(output: str) -> None:
     """Raises ValueError where the output has no folder to go to or another suffix than .png."""
     path = epath.Path(output)
@@ -101,63 +123,105 @@ def check_output(output: str) -> None:
         raise ValueError(f"output {output} is a folder; give a file")
 
 
-def write_png(pixels: np.ndarray, request: Request, checkpoint: str) -> None:
-    """Writes uint8 [H, W, 3]; the file appears whole or not at all."""
-    notes = PngImagePlugin.PngInfo()
-    for key, value in (("instruction", request.instruction), ("seed", request.seed), ("checkpoint", checkpoint)):
-        notes.add_text(key, str(value))
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, format="PNG", pnginfo=notes)
-    output = epath.Path(request.output)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        partial.write_bytes(data.getvalue())
-        partial.replace(output)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def edit(checkpoint: str, requests: list[Request], *, raw: bool = False) -> None:
+def edit(checkpoint: str, requests: list[Request], options: Options = DEFAULTS) -> None:
     """Checks all requests, then makes and writes the edits, batched by size.
 
     Raises:
       ValueError: a request or the checkpoint directory is wrong; nothing has been written then.
     """
-    images = []
     outputs: dict[str, Request] = {}
     for request in requests:
         with _saying(request.origin):
-            images.append(read_image(request.image))
             check_output(request.output)
             if outputs.setdefault(str(epath.Path(request.output).resolve()), request) is not request:
                 raise ValueError(f"output {request.output} is asked for twice")
-    # After the files: loading a large network takes a while, and a mistyped name should be told at once.
-    editor = Editor.from_checkpoint(checkpoint, raw=raw)
-    for request, image in zip(requests, images, strict=True):
-        with _saying(request.origin):
-            editor.check(image.shape[1], image.shape[0], request.instruction, request.seed)
-
     with tqdm.tqdm(total=len(requests), desc="edit", unit="edit", disable=None if len(requests) > 1 else True) as bar:
-        for rows, size in _batches(images):
-            chosen = [requests[row] for row in rows]
-            instructions, seeds = [request.instruction for request in chosen], [request.seed for request in chosen]
-            stacked = np.stack([images[row] for row in rows])
-            edited = editor.edit_batch(stacked, instructions, seeds, batch_size=size)
-            for request, pixels in zip(chosen, edited, strict=True):
-                write_png(pixels, request, checkpoint)
-            bar.update(len(rows))
+        for number, made in make(checkpoint, requests, options):
+            notes = {"instruction": requests[number].instruction, "seed": made.seed}
+            notes |= {"checkpoint": checkpoint, "step": made.step}
+            if made.scores:
+                notes |= {"P(done)": f"{made.scores[0]:.4f}", "P(rest kept)": f"{made.scores[1]:.4f}"}
+            pictures.write_png(made.picture, requests[number].output, notes)
+            bar.update()
 
 
-def _batches(images: list[np.ndarray]) -> Iterator[tuple[list[int], int]]:
-    """Rows of pictures of one size, at most BATCH_SIZE, and the batch size to fill them up to."""
+def sheet(
+    checkpoint: str, image: str, instructions: Sequence[str], seeds: Sequence[int], output: str, options: Options
+) -> None:
+    """Writes one picture with an edit for each instruction (a row) and seed (a column); raises as `edit`."""
+    check_output(output)
+    requests = [Request(image, instruction, output, seed) for instruction in instructions for seed in seeds]
+    made = dict(make(checkpoint, requests, options))
+    rows, reference = [], pictures.read(image)
+    for row, instruction in enumerate(instructions):
+        edits = [made[row * len(seeds) + column] for column in range(len(seeds))]
+        cells = [contact_sheet.Cell(pictures.resize(reference, edits[0].picture.size), ("reference",))]
+        cells += [contact_sheet.Cell(each.picture, _lines(each)) for each in edits]
+        rows.append((instruction, cells))
+    notes = {"instruction": "\n".join(instructions), "seed": " ".join(map(str, seeds)), "checkpoint": checkpoint}
+    pictures.write_png(contact_sheet.draw(rows), output, notes)
+
+
+def _lines(made: Edit) -> tuple[str, ...]:
+    if not made.scores:
+        return (f"seed {made.seed}",)
+    return f"seed {made.seed}", f"done {made.scores[0]:.2f}   rest kept {made.scores[1]:.2f}"
+
+
+def make(checkpoint: str, requests: Sequence[Request], options: Options) -> Iterator[tuple[int, Edit]]:
+    """Checks all requests and then makes the edits, by size: (number of the request, edit), in whatever order.
+
+    Raises:
+      ValueError: a request or the checkpoint directory is wrong.
+    """
+    images = {}
+    for request in requests:
+        with _saying(request.origin):
+            images[request.image] = images.get(request.image) or pictures.read(request.image)
+    # After the files: loading a large network takes a while, and a mistyped name should be told at once.
+    editor = Editor.from_checkpoint(checkpoint, raw=options.raw, fit=options.fit)
+    for request in requests:
+        with _saying(request.origin):
+            editor.check(request.instruction, request.seed + options.best_of - 1)
+    judge = Judge.of_run(checkpoint) if options.score or options.best_of > 1 else None
+
     by_size = collections.defaultdict(list)
-    for row, image in enumerate(images):
-        by_size[image.shape].append(row)
-    for rows in by_size.values():
-        size = min(BATCH_SIZE, len(rows))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size], size
+    for number, request in enumerate(requests):
+        by_size[editor.size(*images[request.image].size)].append(number)
+    for numbers in by_size.values():
+        size = min(BATCH_SIZE, len(numbers) * options.best_of)
+        step = max(1, size // options.best_of)
+        for start in range(0, len(numbers), step):
+            chosen = numbers[start : start + step]
+            references = np.stack([editor.fit(images[requests[number].image]) for number in chosen])
+            made = _make_batch(editor, judge, [requests[number] for number in chosen], references, size, options)
+            for number, one in zip(chosen, made, strict=True):
+                if options.original_size:
+                    picture = pictures.resize(one.picture, images[requests[number].image].size)
+                    one = dataclasses.replace(one, picture=picture)
+                yield number, one
+
+
+def _make_batch(
+    editor: Editor,
+    judge: Judge | None,
+    requests: Sequence[Request],
+    references: np.ndarray,
+    size: int,
+    options: Options,
+) -> list[Edit]:
+    """The edits of pictures of one size; of several seeds for each the one with the best scores."""
+    tries = options.best_of
+    repeated = np.repeat(references, tries, axis=0)
+    instructions = [request.instruction for request in requests for _ in range(tries)]
+    seeds = [request.seed + offset for request in requests for offset in range(tries)]
+    edited = editor.edit_batch(repeated, instructions, seeds, batch_size=size)
+    if judge is None:
+        return [Edit(Image.fromarray(pixels), seed, editor.step) for pixels, seed in zip(edited, seeds, strict=True)]
+    asked = [judge.questions(instruction) for instruction in instructions]
+    scores = successes(judge(repeated, edited, asked, batch=size), asked)
+    best = scores.prod(axis=1).reshape(-1, tries).argmax(axis=1) + tries * np.arange(len(requests))
+    return [Edit(Image.fromarray(edited[row]), seeds[row], editor.step, tuple(scores[row].tolist())) for row in best]
 
 
 @contextlib.contextmanager
@@ -169,30 +233,63 @@ def _saying(origin: str) -> Iterator[None]:
         raise ValueError(f"{origin}{error}") from error
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line; exits with 1 and one line where it cannot edit."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m npedit_jax.edit", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="working directory of a training run")
-    parser.add_argument("--image", help="picture to edit")
-    parser.add_argument("--instruction", help="what to do, such as 'make the circle red'")
+    parser.add_argument("--image", help="picture to edit, of any size and usual format")
+    parser.add_argument(
+        "--instruction", action="append", help="what to do, such as 'make the circle red'; again for a sheet's next row"
+    )
     parser.add_argument("--output", help="PNG file to write")
+    parser.add_argument("--sheet", metavar="FILE.png", help="write all instructions and --seeds as one picture")
     parser.add_argument("--batch", metavar="FILE.jsonl", help="edit many: one JSON object per line")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; other seeds give other pictures")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="the columns of --sheet")
+    parser.add_argument("--best-of", type=_positive, default=1, metavar="N", help="keep the best of N seeds")
+    parser.add_argument("--scores", action="store_true", help="ask the run's scorer about each edit")
+    parser.add_argument("--fit", choices=FITS, default=FITS[0], help="how a picture's size is chosen")
+    parser.add_argument("--original-size", action="store_true", help="bring edits back to their picture's size")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
-    arguments = parser.parse_args(argv)
-    single = (arguments.image, arguments.instruction, arguments.output)
-    if arguments.batch is None and None in single:
-        parser.error("give --image, --instruction and --output, or --batch")
-    if arguments.batch is not None and single != (None, None, None):
-        parser.error("--batch goes without --image, --instruction and --output; its lines give them")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _check_arguments(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Ends the program where the arguments do not go together."""
+    targets = [name for name in ("output", "sheet", "batch") if getattr(given, name) is not None]
+    if len(targets) != 1:
+        parser.error("give one of --output, --sheet and --batch")
+    if given.batch is not None and (given.image is not None or given.instruction is not None):
+        parser.error("--batch goes without --image and --instruction; its lines give them")
+    if given.batch is None and (given.image is None or given.instruction is None):
+        parser.error("give --image and --instruction, or --batch")
+    if given.output is not None and len(given.instruction) > 1:
+        parser.error("--output takes one instruction; several go on a --sheet")
+    if given.seeds is not None and given.sheet is None:
+        parser.error("--seeds goes with --sheet; elsewhere --seed gives the one seed")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exits with 1 and one line where it cannot edit."""
+    parser = _parser()
+    given = parser.parse_args(argv)
+    _check_arguments(parser, given)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
+    options = Options(given.raw, given.fit, given.original_size, given.scores, given.best_of)
     try:
-        if arguments.batch is None:
-            requests = [Request(*single, seed=arguments.seed)]
+        if given.sheet is not None:
+            seeds = given.seeds or [given.seed]
+            sheet(given.checkpoint, given.image, given.instruction, seeds, given.sheet, options)
+        elif given.batch is not None:
+            edit(given.checkpoint, read_batch(given.batch, given.seed), options)
         else:
-            requests = read_batch(arguments.batch, arguments.seed)
-        edit(arguments.checkpoint, requests, raw=arguments.raw)
-    except (ValueError, OSError) as error:
+            edit(given.checkpoint, [Request(given.image, given.instruction[0], given.output, given.seed)], options)
+    except (ValueError, OSError, RunFault) as error:
         sys.exit(f"edit: {' '.join(str(error).split())}")
 
 

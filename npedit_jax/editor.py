@@ -3,6 +3,9 @@
     editor = npedit_jax.Editor.from_checkpoint("runs/easyvqa")
     edited = editor(image, "make the circle red", seed=0)
 
+A picture of any size is brought to one that the networks take: the bucket of the training run most like it in shape, or
+with `fit="multiple"`, and where the run had no buckets, the nearest multiples of what a latent pixel and a patch cover.
+
 Shapes: B batch, H height, W width, L text tokens.
 """
 
@@ -13,69 +16,111 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
-from npedit_jax import export, sampling
+from npedit_jax import export, pictures, sampling
 from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import networks, workdirs
 
 NETWORKS = ("autoencoder", "text_encoder", "student")
+FITS = ("bucket", "multiple")
 SEEDS = 2**32  # a seed is the 32 bits that make a key
 
 
 class Editor:
     """The networks that edit, with one compiled program per image size and batch size.
 
-    What an edit's noise is depends on its seed alone, not on what else is in the batch.
+    What an edit's noise is depends on its seed alone, not on what else is in the batch. Batches are spread over the
+    devices of this process, each of which holds all parameters.
 
     Args:
       made: the networks named in NETWORKS.
       tokenizer: of the text encoder.
       settings: `times`, `sampler` and `eta` of `sampling.edit`.
+      buckets: sizes (height, width) of the training run.
+      fit: "bucket", or "multiple" to keep a picture's shape more closely than the buckets do, for a program per shape.
+      step: of the training run, when the networks were saved.
     """
 
-    def __init__(self, made: Mapping[str, networks.Network], tokenizer: TextTokenizer, settings: Mapping[str, Any]):
+    def __init__(
+        self,
+        made: Mapping[str, networks.Network],
+        tokenizer: TextTokenizer,
+        settings: Mapping[str, Any],
+        *,
+        buckets: Sequence[Sequence[int]] = (),
+        fit: str = "bucket",
+        step: int | None = None,
+    ):
+        if fit not in FITS:
+            raise ValueError(f"unknown way to fit a picture {fit!r}; choose one of {FITS}")
+        mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        self._by_sample = NamedSharding(mesh, PartitionSpec("batch"))
         self._modules = {name: made[name].module for name in NETWORKS}
-        self._params = {name: made[name].params for name in NETWORKS}
+        self._params = jax.device_put(
+            {name: made[name].params for name in NETWORKS}, NamedSharding(mesh, PartitionSpec())
+        )
         self._tokenizer = tokenizer
         self._settings = dict(settings)
+        self._buckets, self._fit = buckets, fit
+        self.step = step
         self._program = jax.jit(self._edit)
 
     @classmethod
-    def from_checkpoint(cls, run_directory: epath.PathLike, *, raw: bool = False) -> "Editor":
+    def from_checkpoint(cls, run_directory: epath.PathLike, *, raw: bool = False, fit: str = "bucket") -> "Editor":
         """Loads the editor that a training run has come to.
 
         Args:
           run_directory: the working directory of a run that trains a student.
           raw: the newest parameters as trained instead of their average.
+          fit: how pictures are fitted, see the class.
 
         Raises:
           WorkdirError: the directory is no run of an editor, or has no checkpoint yet.
           FileNotFoundError, ValueError: the weights of a frozen network are missing or do not fit.
         """
-        config = _read_config(run_directory)
-        made = export.trained_networks(run_directory, raw=raw)
+        config = read_config(run_directory)
+        step, made = export.newest_networks(run_directory, raw=raw)
         frozen = [name for name in NETWORKS if name not in made]
         made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
         tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
-        return cls(made, tokenizer, config.sampling.to_dict())
+        buckets = config.data.buckets if "buckets" in config.data else ()
+        return cls(made, tokenizer, config.sampling.to_dict(), buckets=buckets, fit=fit, step=step)
 
-    def check(self, width: int, height: int, instruction: str, seed: int = 0) -> None:
+    def check(self, instruction: str, seed: int = 0) -> None:
         """Checks one request without computing anything.
 
         Raises:
-          ValueError: a size that the networks cannot take, an instruction with unknown words or too many of them, or
-            a seed out of range.
+          ValueError: an instruction with unknown words or too many of them, or a seed out of range.
         """
-        self._check_size(width, height)
         self._tokenize([instruction])
         _check_seeds([seed])
 
-    def __call__(self, image: Image.Image, instruction: str, seed: int = 0) -> Image.Image:
-        """Edits one picture, which is taken upright and as RGB; raises ValueError as `check` does."""
-        pixels = np.asarray(upright(image))
-        return Image.fromarray(self.edit_batch(pixels[None], [instruction], [seed])[0])
+    def size(self, width: int, height: int) -> pictures.Size:
+        """The size (width, height) at which a picture of that size is edited."""
+        if self._buckets and self._fit == "bucket":
+            return pictures.nearest_bucket((width, height), self._buckets)
+        multiple, largest = self._limits()
+        area = max((rows * columns for rows, columns in self._buckets), default=None)
+        return pictures.nearest_multiple((width, height), multiple, largest, area)
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """A picture as the networks take it: uint8 [H, W, 3], upright and at `size`."""
+        image = pictures.upright(image)
+        return np.asarray(pictures.resize(image, self.size(*image.size)))
+
+    def __call__(
+        self, image: Image.Image, instruction: str, seed: int = 0, *, original_size: bool = False
+    ) -> Image.Image:
+        """Edits one picture; raises ValueError as `check` does.
+
+        Args:
+          original_size: bring the edit back to the picture's own size, instead of leaving it at that of the networks.
+        """
+        edited = Image.fromarray(self.edit_batch(self.fit(image)[None], [instruction], [seed])[0])
+        return pictures.resize(edited, pictures.upright(image).size) if original_size else edited
 
     def edit_batch(
         self,
@@ -91,13 +136,14 @@ class Editor:
           images: uint8 [B, H, W, 3].
           instructions: B texts.
           seeds: B whole numbers in [0, 2^32).
-          batch_size: how many go through the networks at a time, the last ones filled up to it; by default all.
+          batch_size: how many go through the networks at a time, the last ones filled up to it; by default all. A
+            number that the devices do not divide is raised to one that they do.
 
         Returns:
           uint8 [B, H, W, 3].
 
         Raises:
-          ValueError: as `check`, or arguments of other shapes and lengths.
+          ValueError: as `check`, a size that the networks cannot take, or arguments of other shapes and lengths.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -115,11 +161,13 @@ class Editor:
         self._check_size(width=images.shape[2], height=images.shape[1])
         _check_seeds(seeds)
         inputs = (images, *self._tokenize(instructions), np.asarray(seeds, np.uint32))
-        size = batch_size or count
+        devices = self._by_sample.num_devices
+        size = -(-(batch_size or count) // devices) * devices
         edited = np.empty_like(images)
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            edited[rows] = self._program(self._params, *(x[rows] for x in inputs))
+            batch = jax.device_put([x[rows] for x in inputs], self._by_sample)
+            edited[rows] = self._program(self._params, *batch)
         return edited
 
     def _edit(
@@ -133,15 +181,20 @@ class Editor:
         latents = sampling.edit(self._modules["student"], params["student"], reference, text, rngs, **self._settings)
         return to_uint8(autoencoder.apply(variables, latents, method="decode"))
 
-    def _check_size(self, width: int, height: int) -> None:
+    def _limits(self) -> tuple[int, pictures.Size]:
+        """What the sides must be multiples of, and the largest (width, height)."""
         student = self._modules["student"]
         multiple = 2 ** (len(self._modules["autoencoder"].block_out_channels) - 1) * student.patch_size
         _, rows, columns = student.rope_lengths
-        fits = 0 < width <= columns * multiple and 0 < height <= rows * multiple
+        return multiple, (columns * multiple, rows * multiple)
+
+    def _check_size(self, width: int, height: int) -> None:
+        multiple, largest = self._limits()
+        fits = 0 < width <= largest[0] and 0 < height <= largest[1]
         if not fits or width % multiple or height % multiple:
             raise ValueError(
                 f"the image is {width}x{height} pixels (width x height); this editor takes sides that are multiples of "
-                f"{multiple}, at most {columns * multiple}x{rows * multiple}; resize or crop it"
+                f"{multiple}, at most {largest[0]}x{largest[1]}; resize or crop it"
             )
 
     def _tokenize(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -156,20 +209,11 @@ class Editor:
         return tokens.ids, tokens.mask
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture in RGB, turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _read_config(run_directory: epath.PathLike) -> ml_collections.ConfigDict:
-    """The config of a run, which must be one of an editor: other directories have a config.json as well."""
-    try:
-        config = workdirs.read_config(run_directory)
-    except ValueError as error:
-        if isinstance(error, workdirs.WorkdirError):
-            raise
-        raise workdirs.WorkdirError(f"{run_directory} is no run: its config.json is damaged ({error})") from error
-    if not {"networks", "optimizer", "sampling", "data"} <= set(config):
+def read_config(run_directory: epath.PathLike) -> ml_collections.ConfigDict:
+    """The config of a run of an editor; raises WorkdirError where the directory, or its config.json, is none."""
+    config = workdirs.read_config(run_directory)
+    parts = [config.get(name) for name in ("networks", "optimizer", "sampling", "data")]
+    if not all(isinstance(part, ml_collections.ConfigDict) for part in parts):
         raise workdirs.WorkdirError(
             f"{run_directory} is no run of an editor: its config.json is not one of a run that edits; "
             "give the --workdir of a run of stage npedit or warmup"

@@ -24,6 +24,7 @@ from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, stages, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
+from npedit_jax.training.faults import RunFault
 from npedit_jax.weights import release
 from npedit_jax.weights.saving import MAX_SHARD_BYTES, copy_tokenizer
 
@@ -38,24 +39,33 @@ FOLDERS = {
 
 
 def trained_networks(run: epath.PathLike, *, raw: bool = False) -> dict[str, networks.Network]:
-    """The averaged networks of a run's newest checkpoint, by name; `raw` takes the parameters as trained instead.
+    """The averaged networks of a run's newest checkpoint, by name; see `newest_networks`."""
+    return newest_networks(run, raw=raw)[1]
+
+
+def newest_networks(run: epath.PathLike, *, raw: bool = False) -> tuple[int, dict[str, networks.Network]]:
+    """The step of a run's newest whole checkpoint, and its averaged networks, by name.
 
     Adapters are merged into the weights that they lie on.
 
+    Args:
+      raw: the parameters as trained instead.
+
     Raises:
       WorkdirError: the directory is no run, or has no checkpoint yet.
+      RunFault: none of its checkpoints can be read.
     """
     config = workdirs.read_config(run)
     checkpoints = Checkpoints(run, every=1, keep=1, read_only=True)
-    step = checkpoints.latest()
-    if step is None:
-        raise workdirs.WorkdirError(f"{run} has no checkpoint yet; let the run reach its first one")
     part = "params" if raw else "ema"
     made = stages.abstract_networks(config, [name for name in config.optimizer if name in FOLDERS])
-    params = checkpoints.restore_part(step, {part: {name: item.params for name, item in made.items()}})[part]
+    like = {part: {name: item.params for name, item in made.items()}}
+    found = checkpoints.newest(lambda step: checkpoints.restore_part(step, like)[part])
     checkpoints.close()
-    params = stages.whole(config, params)
-    return {name: networks.Network(item.module, params[name]) for name, item in made.items()}
+    if found is None:
+        raise workdirs.WorkdirError(f"{run} has no checkpoint yet; let the run reach its first one")
+    params = stages.whole(config, found[1])
+    return found[0], {name: networks.Network(item.module, params[name]) for name, item in made.items()}
 
 
 def export(
@@ -165,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             written = export_release(arguments.checkpoint, arguments.output, pickle=arguments.pt, **chosen)
         else:
             written = export(arguments.checkpoint, arguments.output, frozen=arguments.frozen, **chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunFault) as error:
         sys.exit(f"export: {' '.join(str(error).split())}")
     print("\n".join(written))
 

@@ -48,9 +48,40 @@ STUDENT = dict(
     axes_lens=[160, 16, 16],
 )
 
+SCORER = {
+    "model_type": "internvl_chat",
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+        "image_size": 64,
+        "norm_type": "layer_norm",
+        "qkv_bias": True,
+    },
+    "llm_config": {
+        "model_type": "qwen2",
+        "vocab_size": 71,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_theta": 10000.0,
+    },
+    "npedit": {"answer_ids": [7, 8]},
+}
+
 
 def write_run(
-    root: pathlib.Path, tokenizer: str, sampling: dict[str, Any], student: dict[str, Any] | None = None
+    root: pathlib.Path,
+    tokenizer: str,
+    sampling: dict[str, Any],
+    student: dict[str, Any] | None = None,
+    *,
+    scorer: bool = False,
+    buckets: tuple[tuple[int, int], ...] = (),
 ) -> pathlib.Path:
     """Writes `root/run`, and its frozen networks beside it.
 
@@ -58,26 +89,28 @@ def write_run(
       tokenizer: directory of the text encoder's tokenizer.
       sampling: of the run's config.
       student: fields of its config.json to change.
+      scorer: the run learned from one, with easy-VQA's questions.
+      buckets: sizes (height, width) that it was trained at.
     """
     parts = {
         "autoencoder": ("autoencoder", AUTOENCODER),
         "text_encoder": ("qwen3", TEXT_ENCODER),
         "student": ("zimage", STUDENT | (student or {})),
     }
+    parts |= {"scorer": ("internvl", SCORER)} if scorer else {}
     specs, params = {}, {}
     for name, (kind, architecture) in parts.items():
         module = weights.build(kind, architecture)
         params[name] = noise(networks.shapes(kind, module))
         weights.save(kind, module, params[name], root / name)
         specs[name] = dict(kind=kind, directory=str(root / name), architecture={}, options={})
+    data = dict(text_tokenizer=tokenizer, text_length=48)
+    if scorer:
+        data |= dict(scorer_tokenizer="package:pretrained/easyvqa/scorer", question_length=48, templates="easyvqa")
+    if buckets:
+        data |= dict(buckets=buckets)
     config = ConfigDict(
-        dict(
-            stage="npedit",
-            networks=specs,
-            optimizer=dict(student={}),
-            data=dict(text_tokenizer=tokenizer, text_length=48),
-            sampling=sampling,
-        )
+        dict(stage="npedit", seed=0, networks=specs, optimizer=dict(student={}), data=data, sampling=sampling)
     )
     workdirs.open_run(root / "run", config)
     trained = {"student": params["student"]}

@@ -1,0 +1,103 @@
+"""The scorer as a judge of edits: its probabilities of Yes, to whether the edit was done and the rest was kept.
+
+Shapes: n edits, H height, W width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from npedit_jax.data import questions
+from npedit_jax.data.tokenize import ScorerTokenizer
+from npedit_jax.objectives import feedback
+from npedit_jax.pixels import to_pixels
+from npedit_jax.training import networks, workdirs
+
+Pair = tuple[questions.Question, questions.Question]  # (edit verification, identity)
+
+
+class Judge:
+    """Asks both questions about an edit, with one compiled program per image size.
+
+    Args:
+      scorer: a `models.scorer.Scorer` and its parameters.
+      tokenizer: makes the questions' prompts, for the scorer's number of tokens per image.
+      templates: the wordings that the editor was trained with.
+    """
+
+    def __init__(self, scorer: networks.Network, tokenizer: ScorerTokenizer, templates: questions.Templates):
+        self._module, self._params = scorer
+        self._tokenizer, self._templates = tokenizer, templates
+        self._program = jax.jit(self._answer)
+
+    @classmethod
+    def of_run(cls, run: epath.PathLike, templates: str = "") -> "Judge":
+        """The scorer that a run learned from, asked as in the run, or with the templates of that name.
+
+        Raises:
+          WorkdirError: the directory is no run, or one without a scorer.
+        """
+        config = workdirs.read_config(run)
+        if not has_scorer(config):
+            raise workdirs.WorkdirError(f"{run} learned from no scorer; leave out what asks for its scores")
+        module, params = networks.create(config.networks.scorer, jax.random.key(config.seed))
+        directory = networks.resolve(config.data.scorer_tokenizer)
+        tokenizer = ScorerTokenizer(directory, module.image_tokens, config.data.question_length)
+        return cls(networks.Network(module, params), tokenizer, questions.TEMPLATES[templates or config.data.templates])
+
+    def questions(self, instruction: str, edit_type: str = "", object: str = "") -> Pair:
+        """The two questions about an edit; with the type "remove" and an object the first asks whether it is there."""
+        return questions.edit_questions(self._templates, edit_type, instruction=instruction, object=object)
+
+    def __call__(
+        self,
+        references: np.ndarray,
+        edited: np.ndarray,
+        asked: Sequence[Pair],
+        *,
+        batch: int = 16,
+        advance: Callable[[int], Any] = lambda count: None,
+    ) -> np.ndarray:
+        """P(yes) to each question, float32 [n, 2].
+
+        Args:
+          references, edited: uint8 [n, H, W, 3].
+          asked: both questions about each edit, see `questions`.
+          batch: edits per call of the network; fewer are filled up.
+          advance: called after each batch with the number of edits in it.
+
+        Raises:
+          ValueError: a question that is too long, or has words that the scorer does not know.
+        """
+        count = len(asked)
+        tokens = self._tokenizer([question for pair in asked for question in pair])
+        prompts = [x.reshape(count, 2, -1) for x in (tokens.ids, tokens.mask, tokens.image_index)]
+        answers = np.empty((count, 2), np.float32)
+        for start in range(0, count, batch):
+            rows = np.arange(start, start + batch) % count
+            new = min(batch, count - start)
+            images = np.stack([references[rows], edited[rows]], axis=1)
+            found = self._program(self._params, images, *(prompt[rows] for prompt in prompts))
+            answers[rows[:new]] = found[:new]
+            advance(new)
+        return answers
+
+    def _answer(self, params: Any, images: jax.Array, *prompts: jax.Array) -> jax.Array:
+        output = self._module.apply({"params": params}, to_pixels(images), *map(jnp.asarray, prompts))
+        return feedback.yes_probability(output.logits)
+
+
+def has_scorer(config: ml_collections.ConfigDict) -> bool:
+    """Whether a run's config names a scorer with weights."""
+    return "scorer" in config.networks and bool(config.networks.scorer.directory)
+
+
+def successes(answers: np.ndarray, asked: Sequence[Pair]) -> np.ndarray:
+    """Probabilities [n, 2] of the answers that a good edit gets, from those of Yes."""
+    wanted = np.array([[question.answer for question in pair] for pair in asked], np.float32).reshape(-1, 2)
+    return wanted * answers + (1.0 - wanted) * (1.0 - answers)
