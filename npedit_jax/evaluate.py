@@ -1,44 +1,34 @@
-"""Scores a trained editor: `python -m npedit_jax.evaluate --checkpoint RUN --benchmark easyvqa --output DIR`.
+"""Scores a trained editor: `python -m npedit_jax.evaluate --checkpoint RUN --benchmark NAME --output DIR`.
 
-Writes DIR/scores.json (every edit) and DIR/summary.json, and prints the summary as a table.
+easyvqa: the test images of easy-VQA, judged from their pixels; writes DIR/scores.json and DIR/summary.json.
+gedit, dreambooth, folder: photographs, from a local copy of the benchmark's files given by --data; edits, figures and
+index.html go to DIR/NAME, with NAME that of the run unless --name gives another. Started again it goes on. With
+--vie-url a vision-language model grades the edits as well. `--compare DIR/A DIR/B --output page.html` puts the results
+of two editors side by side.
 """
 
 import argparse
 import json
+import os
 import sys
+from typing import TYPE_CHECKING
 
-import jax
-import ml_collections
-import numpy as np
 import tqdm
+from absl import logging
 from etils import epath
 
 from npedit_jax.data import easyvqa as dataset
-from npedit_jax.data import questions
-from npedit_jax.data.tokenize import ScorerTokenizer
-from npedit_jax.editor import Editor
+from npedit_jax.editor import FITS, Editor
 from npedit_jax.evaluation import easyvqa, report
-from npedit_jax.training import networks, telemetry, workdirs
+from npedit_jax.judge import Judge, has_scorer
+from npedit_jax.training import telemetry, workdirs
+from npedit_jax.training.faults import RunFault
 
-BENCHMARKS = ("easyvqa",)
+if TYPE_CHECKING:
+    from npedit_jax.evaluation.results import Results
 
-
-def scorer_answers(
-    config: ml_collections.ConfigDict,
-    references: np.ndarray,
-    edited: np.ndarray,
-    edits: list[dataset.Edit],
-    *,
-    batch: int,
-    advance: easyvqa.Advance,
-) -> np.ndarray:
-    """P(yes) [n, 2] by the scorer that the run learned from, asked as in the run."""
-    module, params = networks.create(config.networks.scorer, jax.random.key(config.seed))
-    tokenizer = ScorerTokenizer(
-        networks.resolve(config.data.scorer_tokenizer), module.image_tokens, config.data.question_length
-    )
-    templates = questions.TEMPLATES[config.data.templates]
-    return easyvqa.scorer_probabilities(module, params, tokenizer, templates, references, edited, edits, batch, advance)
+PHOTOGRAPHS = ("gedit", "dreambooth", "folder")
+BENCHMARKS = ("easyvqa", *PHOTOGRAPHS)
 
 
 def evaluate_easyvqa(arguments: argparse.Namespace) -> None:
@@ -60,10 +50,12 @@ def evaluate_easyvqa(arguments: argparse.Namespace) -> None:
     with progress(len(asked), "edit") as bar:
         edited = easyvqa.edit_all(editor.edit_batch, data, asked, seed=seed, batch=batch, advance=bar.update)
     scores = easyvqa.score(data, asked, edited)
-    if "scorer" in config.networks and config.networks.scorer.directory:
-        references, edits = data.images[[request.index for request in asked]], [request.edit for request in asked]
+    if has_scorer(config):
+        judge, references = Judge.of_run(run), data.images[[request.index for request in asked]]
+        edits = [request.edit for request in asked]
+        pairs = [judge.questions(edit.instruction, edit.edit_type, edit.object) for edit in edits]
         with progress(len(asked), "ask the scorer") as bar:
-            answers = scorer_answers(config, references, edited, edits, batch=batch, advance=bar.update)
+            answers = judge(references, edited, pairs, batch=batch, advance=bar.update)
         for item, (edit, identity) in zip(scores, answers.tolist(), strict=True):
             item |= {"scorer_edit": edit, "scorer_identity": identity}
 
@@ -76,6 +68,69 @@ def evaluate_easyvqa(arguments: argparse.Namespace) -> None:
         title = "Edits of easy-VQA's test images"
         page.write_text(report.render(data, asked, edited, scores, metrics, title=title))
     print(easyvqa.table(summary))
+
+
+def evaluate_photographs(given: argparse.Namespace) -> None:
+    """Edits the cases of a benchmark, scores them, and writes tables and a page.
+
+    Raises:
+      workdirs.WorkdirError: the checkpoint directory is no run of an editor.
+      ValueError: the benchmark's files or the results that are there do not fit.
+    """
+    from npedit_jax.evaluation import cases as cases_lib
+    from npedit_jax.evaluation import comparison, results
+
+    if given.data is None:
+        raise ValueError(f"--benchmark {given.benchmark} needs --data, a local copy of its files")
+    config = workdirs.read_config(given.checkpoint)
+    read = {"gedit": cases_lib.gedit, "dreambooth": cases_lib.dreambooth, "folder": cases_lib.folder}[given.benchmark]
+    cases = read(given.data, given.languages) if given.benchmark == "gedit" else read(given.data)
+    cases = cases[: given.limit]
+    settings = {
+        name: getattr(given, name) for name in ("benchmark", "checkpoint", "raw", "seed", "fit", "original_size")
+    }
+    editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit)
+    name = given.name or epath.Path(given.checkpoint).resolve().name
+    made = results.Results(epath.Path(given.output) / name, settings | {"step": editor.step})
+    customization = given.benchmark == "dreambooth" and config.data.get("templates") == "editing"
+    judge = Judge.of_run(given.checkpoint, "customization" if customization else "") if has_scorer(config) else None
+    with progress(sum(case.key not in made for case in cases), "edit") as bar:
+        options = dict(seed=given.seed, batch=given.batch, original_size=given.original_size)
+        results.make(made, editor, judge, cases, advance=bar.update, **options)
+    keys = [case.key for case in cases]
+    if given.vie_url:
+        grade(given, made, keys)
+    summary = results.summarise(made.rows(keys))
+    (made.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    comparison.write(made.directory / "index.html", [made], f"{made.name}: {given.benchmark}")
+    print(results.table(summary))
+
+
+def grade(given: argparse.Namespace, made: "Results", keys: list[str]) -> None:
+    """Has the model behind --vie-url grade the edits; raises ValueError where it cannot be asked."""
+    import openai
+
+    from npedit_jax.evaluation import results, viescore
+
+    task = "customization" if given.benchmark == "dreambooth" else "editing"
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    grader = viescore.Grader(given.vie_url, given.vie_model, task, made.directory / "answers.jsonl", key=key)
+    with progress(len(viescore.KINDS) * len(keys), "grade") as bar:
+        bar.update(len(grader.answers()))
+        try:
+            results.grade(made, grader, keys, bar.update)
+        except openai.OpenAIError as error:
+            raise ValueError(f"{given.vie_url}: {error}; the answers so far are kept, start again to go on") from error
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Puts the results of several editors on one page, and prints their tables; raises ValueError as `Results`."""
+    from npedit_jax.evaluation import comparison, results
+
+    runs = [results.Results(directory) for directory in given.compare]
+    comparison.write(given.output, runs, " and ".join(run.name for run in runs))
+    for run in runs:
+        print(f"{run.directory}\n{results.table(results.summarise(run.rows()))}")
 
 
 def progress(total: int, label: str) -> tqdm.tqdm:
@@ -94,21 +149,39 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Command line; exits with 1 and one line where it cannot evaluate."""
     parser = argparse.ArgumentParser(prog="python -m npedit_jax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="working directory of a training run")
-    parser.add_argument("--benchmark", required=True, help=f"one of: {', '.join(BENCHMARKS)}")
-    parser.add_argument("--output", required=True, help="directory for scores.json and summary.json")
-    parser.add_argument("--report", help="also write this HTML page with pictures and curves")
-    parser.add_argument("--limit", type=positive, help="only the first that many test images")
+    parser.add_argument("--checkpoint", help="working directory of a training run")
+    parser.add_argument("--benchmark", help=f"one of: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--output", required=True, help="directory for the results; the page with --compare")
+    parser.add_argument("--data", help="local copy of the benchmark's files; easyvqa needs none")
+    parser.add_argument("--name", help="of the editor, as a folder below --output; by default that of the run")
+    parser.add_argument("--languages", nargs="+", default=["en", "cn"], help="gedit: of the instructions")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", help="instead: results to put side by side")
+    parser.add_argument("--report", help="easyvqa: also write this HTML page with pictures and curves")
+    parser.add_argument("--limit", type=positive, help="only the first that many cases or test images")
+    parser.add_argument("--fit", choices=FITS, default=FITS[0], help="how a photograph's size is chosen")
+    parser.add_argument("--original-size", action="store_true", help="write edits at their photograph's size")
+    parser.add_argument("--vie-url", help="grade with the model behind this OpenAI-compatible address (VIEScore)")
+    parser.add_argument("--vie-model", default="default", help="its name there; OPENAI_API_KEY is its key")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     parser.add_argument("--seed", type=int, default=0, help="draws the edits and the editor's noise")
     parser.add_argument("--batch", type=positive, default=64, help="edits at a time")
     arguments = parser.parse_args(argv)
-    if arguments.benchmark not in BENCHMARKS:
+    if not arguments.compare and None in (arguments.checkpoint, arguments.benchmark):
+        parser.error("give --checkpoint and --benchmark, or --compare")
+    if not arguments.compare and arguments.benchmark not in BENCHMARKS:
         sys.exit(f"evaluate: unknown benchmark {arguments.benchmark!r}; choose one of: {', '.join(BENCHMARKS)}")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
     try:
-        evaluate_easyvqa(arguments)
-    except (workdirs.WorkdirError, OSError) as error:
-        sys.exit(f"evaluate: {error}")
+        if arguments.compare:
+            compare(arguments)
+        elif arguments.benchmark == "easyvqa":
+            evaluate_easyvqa(arguments)
+        else:
+            evaluate_photographs(arguments)
+    except ImportError as error:
+        sys.exit(f"evaluate: {error}; pip install 'npedit_jax[evaluate]'")
+    except (ValueError, OSError, RunFault) as error:
+        sys.exit(f"evaluate: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from npedit_jax.data import easyvqa, questions
-from npedit_jax.data.tokenize import ScorerTokenizer
+from npedit_jax.data import easyvqa
 from npedit_jax.evaluation import easyvqa_judge
-from npedit_jax.objectives import feedback
-from npedit_jax.pixels import to_pixels
 
 KEPT_LIMIT = 8.0  # kept error up to which an edit that is done also counts as having left the rest alone
 
@@ -136,57 +130,6 @@ def table(summary: Summary) -> str:
         lines.append(line)
     lines.append(f"rest kept: mean absolute difference of at most {KEPT_LIMIT:g} of 255 where nothing was to change")
     return "\n".join(lines)
-
-
-def scorer_probabilities(
-    module: nn.Module,
-    params: Any,
-    tokenizer: ScorerTokenizer,
-    templates: questions.Templates,
-    references: np.ndarray,
-    edited: np.ndarray,
-    edits: Sequence[easyvqa.Edit],
-    batch: int,
-    advance: Advance = lambda count: None,
-) -> np.ndarray:
-    """What the scorer says about each edit: P(yes) to the edit question and to the identity question.
-
-    For "remove" the edit question asks whether the object is still there, so that a good edit has a low P(yes).
-
-    Args:
-      module: a `models.scorer.Scorer`.
-      params: its parameters.
-      tokenizer: makes the questions' prompts, for the module's number of tokens per image.
-      templates: the questions' wordings, as the editor was trained with.
-      references: uint8 [n, H, W, 3].
-      edited: uint8 [n, H, W, 3].
-      edits: what was asked for, n.
-      batch: edits per call of the network.
-      advance: called after each batch, for a progress bar.
-
-    Returns:
-      float32 [n, 2], each in [0, 1].
-    """
-
-    @jax.jit
-    def probabilities(params: Any, images: jax.Array, *prompts: jax.Array) -> jax.Array:
-        return feedback.yes_probability(module.apply({"params": params}, to_pixels(images), *prompts).logits)
-
-    asked = [
-        question
-        for edit in edits
-        for question in questions.edit_questions(
-            templates, edit.edit_type, instruction=edit.instruction, object=edit.object
-        )
-    ]
-    tokens = tokenizer(asked)
-    prompts = [jnp.asarray(x).reshape(len(edits), 2, -1) for x in (tokens.ids, tokens.mask, tokens.image_index)]
-    answers = np.empty((len(edits), 2), np.float32)
-    for rows, count in _batches(len(edits), batch):
-        images = np.stack([references[rows], edited[rows]], axis=1)
-        answers[rows[:count]] = probabilities(params, images, *(prompt[rows] for prompt in prompts))[:count]
-        advance(count)
-    return answers
 
 
 def _batches(total: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:

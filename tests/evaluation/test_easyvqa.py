@@ -12,32 +12,9 @@ from npedit_jax.data import easyvqa as dataset
 from npedit_jax.data import easyvqa_edits, questions
 from npedit_jax.data.tokenize import ScorerTokenizer
 from npedit_jax.evaluation import easyvqa
+from npedit_jax.judge import Judge
 from npedit_jax.training import networks
-
-SCORER = {
-    "model_type": "internvl_chat",
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "patch_size": 16,
-        "image_size": 64,
-        "norm_type": "layer_norm",
-        "qkv_bias": True,
-    },
-    "llm_config": {
-        "model_type": "qwen2",
-        "vocab_size": 71,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_theta": 10000.0,
-    },
-    "npedit": {"answer_ids": [7, 8]},
-}
+from tests.tiny_editor import SCORER
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +116,9 @@ def test_the_scorer_answers_each_edit_in_its_own_right(data, asked):
     edited = data.images[10:17]
 
     def ask(references, edited, edits, batch):
-        return easyvqa.scorer_probabilities(
-            module, params, tokenizer, questions.EASYVQA, references, edited, edits, batch
-        )
+        judge = Judge(networks.Network(module, params), tokenizer, questions.EASYVQA)
+        pairs = [judge.questions(edit.instruction, edit.edit_type, edit.object) for edit in edits]
+        return judge(references, edited, pairs, batch=batch)
 
     alone = ask(references, edited, edits, 7)
     assert alone.shape == (7, 2) and (alone > 0).all() and (alone < 1).all() and np.ptp(alone) > 1e-3

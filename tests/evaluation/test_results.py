@@ -1,0 +1,146 @@
+"""The commands on photographs with a tiny editor: layout, figures, going on, grades, and two editors side by side."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from npedit_jax import evaluate
+from npedit_jax.evaluation import results
+from tests.evaluation.test_cases import write_dreambooth, write_gedit
+from tests.evaluation.vie_server import good, serving
+from tests.tiny_editor import write_run
+
+SAMPLING = dict(times=(1.0, 0.5), sampler="ddim", eta=1.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluated")
+    tokenizer = "package:pretrained/easyvqa/text_encoder"
+    return write_run(root, tokenizer, SAMPLING, scorer=True, buckets=((16, 16), (12, 20)))
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Real ones, two with the same shape, and one with a mask."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    lines = []
+    for name, words, task in [
+        ("astronaut", "make the circle red", "recolor"),
+        ("coffee", "remove the circle", "remove"),
+        ("chelsea", "make the circle red", "recolor"),
+    ]:
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.jpg")
+        lines.append({"image": f"{name}.jpg", "instruction": words, "task": task, "key": name})
+    lines[1] |= {"edit_type": "remove", "object": "circle", "mask": "mask.png"}
+    Image.fromarray(np.kron(np.eye(2), np.full((200, 300), 255)).astype(np.uint8)).save(folder / "mask.png")
+    (folder / "instructions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def _evaluate(run, output, *words):
+    evaluate.main(["--checkpoint", str(run), "--output", str(output), "--batch", "2", *map(str, words)])
+
+
+def test_folder_of_photographs(run, photographs, tmp_path, capsys):
+    words = ("--benchmark", "folder", "--data", photographs)
+    _evaluate(run, tmp_path / "out", *words, "--name", "first")
+    folder = tmp_path / "out" / "first"
+    assert Image.open(folder / "recolor" / "astronaut.png").size == (16, 16)
+    assert Image.open(folder / "remove" / "coffee.png").size == (20, 12)
+    rows = {row["key"]: row for row in map(json.loads, (folder / "edits.jsonl").read_text().splitlines())}
+    assert set(rows) == {"recolor/astronaut", "remove/coffee", "recolor/chelsea"}
+    for row in rows.values():
+        assert 0 < row["done"] < 1 and 0 < row["kept"] < 1 and -1 < row["ssim"] < 1 and 0 < row["psnr"] < 100
+    summary = json.loads((folder / "summary.json").read_text())[""]
+    assert summary["recolor"]["count"] == 2
+    mean = np.mean([rows["recolor/astronaut"]["psnr"], rows["recolor/chelsea"]["psnr"]])
+    assert summary["recolor"]["psnr"] == pytest.approx(mean)
+    assert summary[results.TASKS]["psnr"] == pytest.approx((mean + rows["remove/coffee"]["psnr"]) / 2)
+    printed = capsys.readouterr().out
+    assert "recolor" in printed and results.ALL in printed
+    links = re.findall(r'src="([^"]+)"', (folder / "index.html").read_text())
+    assert len(links) == 6 and all((folder / link).is_file() for link in links)
+
+    # Going on: what is there is not made again, and what is missing is.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    (folder / "remove" / "coffee.png").unlink()
+    _evaluate(run, tmp_path / "out", *words, "--name", "first")
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    assert [path.name for path in after if before[path] != after[path]] == ["coffee.png"]
+    again = {row["key"]: row for row in map(json.loads, (folder / "edits.jsonl").read_text().splitlines())}
+    assert again.keys() == rows.keys()
+    assert again["remove/coffee"]["psnr"] == pytest.approx(rows["remove/coffee"]["psnr"], rel=1e-2)
+    with pytest.raises(SystemExit, match="results of other settings: seed is 0 there"):
+        _evaluate(run, tmp_path / "out", *words, "--name", "first", "--seed", 1)
+
+    # Another editor, and both on one page.
+    _evaluate(run, tmp_path / "out", *words, "--name", "second", "--raw")
+    both = [str(tmp_path / "out" / name) for name in ("first", "second")]
+    evaluate.main(["--compare", *both, "--output", str(tmp_path / "out" / "both.html")])
+    page = (tmp_path / "out" / "both.html").read_text()
+    links = re.findall(r'src="([^"]+)"', page)
+    assert len(links) == 9 and all((tmp_path / "out" / link).is_file() for link in links)
+    assert "<td>second</td>" in page and page.count("<figcaption>first") == 3
+
+
+def test_gedit_with_grades(run, tmp_path, capsys, monkeypatch):
+    write_gedit(tmp_path / "gedit", count=2)
+    with serving(good) as server:
+        grades = ("--vie-url", server.url, "--vie-model", "judge")
+        words = ("--benchmark", "gedit", "--data", tmp_path / "gedit", "--languages", "en", "--original-size")
+        _evaluate(run, tmp_path / "out", *words, "--name", "ours", *grades)
+        asked = len(server.requests)
+        _evaluate(run, tmp_path / "out", *words, "--name", "ours", *grades)
+    assert asked == len(server.requests) == 8
+    files = sorted(
+        path.relative_to(tmp_path / "out") for path in (tmp_path / "out" / "ours" / "fullset").rglob("*.png")
+    )
+    assert str(files[0]) == f"ours/fullset/style_change/en/{0:032x}.png" and len(files) == 4
+    assert Image.open(tmp_path / "out" / files[0]).size == (20, 10)  # the photograph's own
+    summary = json.loads((tmp_path / "out" / "ours" / "summary.json").read_text())["en"]
+    assert summary["style_change"]["overall"] == pytest.approx(32**0.5) and summary["style_change"]["graded"] == 2
+    assert "5.657" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="case fullset/.*/cn/.*: unknown words"):
+        _evaluate(run, tmp_path / "out", "--benchmark", "gedit", "--data", tmp_path / "gedit", "--name", "chinese")
+
+
+def test_dreambooth(run, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_dreambooth(tmp_path / "data")
+    file = tmp_path / "data" / "prompts_and_classes.txt"
+    words = {"stuffed animal": "circle", "in the jungle": "", "on a rug": "", "in a hat": "", "dog\n": "circle\n"}
+    text = file.read_text()
+    for old, new in words.items():  # words that the small tokenizer knows
+        text = text.replace(old, new)
+    file.write_text(text.replace("'a {0} {1} '", "'red {0} {1}'"))
+    _evaluate(run, tmp_path / "out", "--benchmark", "dreambooth", "--data", tmp_path / "data", "--name", "ours")
+    assert len(list((tmp_path / "out" / "ours").rglob("bear_plushie/0*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--benchmark", "folder"), "needs --data"),
+        (("--benchmark", "gedit", "--data", "."), "holds no parquet files"),
+        (("--benchmark", "folder", "--data", "/nowhere"), "instructions.jsonl is not there"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(run, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^evaluate: [^\n]*{told}"):
+        _evaluate(run, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_directory_that_holds_no_results_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds no results"):
+        results.Results(tmp_path)
+    with pytest.raises(ValueError, match="is not empty"):
+        results.Results(tmp_path, {"seed": 0})
