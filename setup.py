@@ -37,10 +37,17 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
+        "demo": ["gradio>=5.16"],
+        "docs": ["mkdocs-material>=9.5"],
+        "evaluate": ["openai>=1", "pyarrow", "scikit-image"],
         "test": [
             "accelerate",
+            "atheris>=3; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'",
+            "npedit_jax[demo,docs,evaluate]",
             "diffusers>=0.37",
+            "build",
             "hypothesis",
+            "playwright",
             "pytest>=8",
             "pytest-xdist",
             "ruff",
