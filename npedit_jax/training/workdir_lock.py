@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import jax
 from absl import logging
@@ -62,14 +63,16 @@ def _lock(workdir: epath.Path) -> Iterator[None]:
                 raise
         else:
             with file:
-                yield
-                os.unlink(file.name)
+                try:
+                    yield
+                finally:
+                    os.unlink(file.name)
             return
     with Lease(workdir / LEASE):
         yield
 
 
-def _flock(path: pathlib.Path):
+def _flock(path: pathlib.Path) -> TextIO:
     """Opens and locks the file, which tells who holds it."""
     while True:
         file = path.open("a+")

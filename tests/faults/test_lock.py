@@ -49,6 +49,8 @@ def test_killed_holder_does_not_block_the_next(tmp_path):
 def test_nothing_is_left_where_nothing_was_written(tmp_path):
     with workdir_lock.held(tmp_path / "new"):
         pass
+    with pytest.raises(KeyError), workdir_lock.held(tmp_path / "new"):
+        raise KeyError
     (tmp_path / "old").mkdir()
     with workdir_lock.held(tmp_path / "old"):
         pass
