@@ -56,6 +56,11 @@ class EditSettings:
     skip_norm: float = 300.0
     frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps that the unroll may have."""
+        return (1,) if self.max_unroll == 1 or len(self.times) == 1 else (1, 2)
+
 
 class StudentDraws(NamedTuple):
     """What one student sample needs: the start, and the second step's time and noise."""
@@ -111,7 +116,7 @@ def draw(
 
 def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
     """One draw per outer step: whether the unroll has a second step, with probability (K - 1) / K."""
-    if settings.max_unroll == 1 or len(settings.times) == 1:
+    if settings.lengths == (1,):
         return jnp.asarray(False)
     return jax.random.uniform(rng) >= 1.0 / len(settings.times)
 

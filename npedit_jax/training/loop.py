@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -30,9 +31,12 @@ def run(
     Returns:
       The final state.
     """
-    mesh = parallel.make_mesh(**config.mesh.to_dict())
-    train_state = parallel.put_replicated(state.create(stage.trained(), stage.rules, stage.averaged), mesh)
-    frozen = parallel.put_replicated(stage.frozen(), mesh)
+    with jax.set_mesh(stage.mesh):
+        return _run(config, stage, workdir, preview)
+
+
+def _run(config: ml_collections.ConfigDict, stage: stages.Stage, workdir: epath.PathLike, preview: Any) -> Any:
+    train_state, frozen = stage.start(), stage.frozen()
     batches = iterate(stage.dataset)
 
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
@@ -43,15 +47,14 @@ def run(
         logging.info("resumed from step %d", start)
     log = telemetry.MetricsLog(workdir, restored_step=start)
 
-    step_function = stage.program()
-    _, base_rng = jax.random.split(jax.random.key(config.seed))  # the other half made the initial weights
+    keys = _StepKeys(config.seed, stage.mesh)
     pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     with telemetry.progress(config.steps, start, config.stage) as bar:
         for step in range(start + 1, config.steps + 1):
             started = time.monotonic()
-            batch = parallel.put_batch(next(batches), mesh, leading_axes=1 if stage.inner_batches else 0)
+            batch = parallel.put_batch(next(batches), stage.mesh, leading_axes=1 if stage.inner_batches else 0)
             fed = time.monotonic()
-            train_state, metrics = step_function(train_state, frozen, batch, jax.random.fold_in(base_rng, step))
+            train_state, metrics = stage.step(train_state, frozen, batch, keys(step))
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, pending)
             if step % config.log.every == 0 or step == config.steps:
@@ -67,6 +70,19 @@ def run(
     log.close()
     checkpoints.close()
     return train_state
+
+
+class _StepKeys:
+    """The random key of each step, on every device."""
+
+    def __init__(self, seed: int, mesh: jax.sharding.Mesh):
+        # Half of the seed's key made the initial weights.
+        make = lambda number: jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)  # noqa: E731
+        self._place = parallel.replicated(mesh)
+        self._make = jax.jit(make, out_shardings=self._place)
+
+    def __call__(self, step: int) -> jax.Array:
+        return self._make(parallel.put(np.uint32(step), self._place))
 
 
 def _log(log: telemetry.MetricsLog, bar: Any, pending: Any) -> None:

@@ -10,12 +10,14 @@ import grain
 import jax
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
+from npedit_jax import parallel
 from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
 from npedit_jax.data.batches import Feed
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.models import lora
-from npedit_jax.training import edit_step, networks, optimizer, steps
+from npedit_jax.training import edit_step, networks, optimizer, state, steps
 from npedit_jax.training.edit_losses import EditSettings
 from npedit_jax.training.networks import Network
 
@@ -31,33 +33,32 @@ class Stage:
       networks: all of them, by name; those among `rules` are trained.
       rules: the optimizer of each trained network.
       averaged: trained networks of which an average is kept.
-      step: pure function `(state, frozen, batch, rng) -> (state, metrics)`.
-      dataset: batches as dictionaries of numpy arrays.
+      mesh: the devices that the parameters are spread over.
+      step: `(state, frozen, batch, rng) -> (state, metrics)`, compiled; it takes the state over.
+      dataset: this host's share of each batch, as dictionaries of numpy arrays.
       inner_batches: batches have this leading axis before the batch axis; 0 for none.
       adapted: networks of which only adapters are trained: adapters stand in the place of their parameters.
-      compiled: the step compiles its own programs and is not to be compiled as a whole.
     """
 
     networks: Mapping[str, Network]
     rules: Mapping[str, optax.GradientTransformation]
     averaged: tuple[str, ...]
+    mesh: Mesh
     step: steps.Step
     dataset: grain.MapDataset
     inner_batches: int = 0
     adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
-    compiled: bool = False
 
-    def trained(self) -> dict[str, Any]:
-        """Initial parameters of the trained networks."""
-        return {name: self.networks[name].params for name in self.rules}
+    def start(self) -> state.TrainState:
+        """The state at step 0, which takes the initial parameters over."""
+        params = {name: self.networks[name].params for name in self.rules}
+        create = functools.partial(state.create, rules=self.rules, averaged=self.averaged)
+        shardings = state.shardings(self.mesh, jax.eval_shape(create, params))
+        return parallel.place(create, shardings, params, donate=(0,))
 
     def frozen(self) -> dict[str, Any]:
         """Parameters of all others."""
         return {name: network.params for name, network in self.networks.items() if name not in self.rules}
-
-    def program(self) -> steps.Step:
-        """The step as compiled programs, which take the state over."""
-        return self.step if self.compiled else jax.jit(self.step, donate_argnums=0)
 
     def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters of all networks by name, with those of adapted ones whole: base and adapters merged."""
@@ -72,19 +73,34 @@ def build(config: Config) -> Stage:
       ValueError: unknown stage.
     """
     check(config)
-    made = {name: make() for name, make in _makers(config).items()}
+    mesh = make_mesh(config)
+    made = {name: make() for name, make in _makers(config, mesh).items()}
     modules = {name: network.module for name, network in made.items()}
-    edits = config.stage == "npedit"
     return Stage(
         networks=made,
         rules=rules(config),
-        averaged=("student",) if edits else tuple(config.optimizer),
-        step=step(config, modules),
+        averaged=averaged(config),
+        mesh=mesh,
+        step=compiled_step(config, {name: network.params for name, network in made.items()}, modules, mesh),
         dataset=DATASETS[config.stage](config, modules),
-        inner_batches=config.fake_updates + 1 if edits else 0,
+        inner_batches=inner_batches(config),
         adapted=adapted(config),
-        compiled=edits and _separate(config),
     )
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh of a config, over all devices of the job."""
+    return parallel.make_mesh(**config.mesh.to_dict())
+
+
+def averaged(config: Config) -> tuple[str, ...]:
+    """Trained networks of which an average is kept."""
+    return ("student",) if config.stage == "npedit" else tuple(config.optimizer)
+
+
+def inner_batches(config: Config) -> int:
+    """Length of the axis before the batch axis, 0 for none."""
+    return config.fake_updates + 1 if config.stage == "npedit" else 0
 
 
 def check(config: Config) -> None:
@@ -96,6 +112,35 @@ def check(config: Config) -> None:
 def step(config: Config, modules: Modules) -> steps.Step:
     """The step of a config's stage, from modules alone: neither weights nor data are read."""
     return STEPS[config.stage](config, modules, rules(config))
+
+
+def compiled_step(config: Config, params: Mapping[str, Any], modules: Modules, mesh: Mesh) -> steps.Step:
+    """The step as `programs` that know where everything lies."""
+    made = programs(config, params, modules, mesh)
+    return edit_step.separate_steps(made, edit_settings(config)) if separate(config) else made["step"]
+
+
+def programs(config: Config, params: Mapping[str, Any], modules: Modules, mesh: Mesh) -> dict[str, steps.Step]:
+    """The compiled programs of a stage's step by name, each of which takes the state over: "step", or its parts.
+
+    Args:
+      params: of all networks by name, arrays or their shapes.
+    """
+    trained = {name: params[name] for name in config.optimizer}
+    frozen = {name: tree for name, tree in params.items() if name not in trained}
+    create = functools.partial(state.create, rules=rules(config), averaged=averaged(config))
+    of_state = state.shardings(mesh, jax.eval_shape(create, trained))
+    of_frozen = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
+    functions = edit_step.parts(_updates(config, modules)) if separate(config) else {"step": step(config, modules)}
+    return {
+        name: jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(of_state, of_frozen, None, None),
+            out_shardings=(of_state, parallel.replicated(mesh)),
+        )
+        for name, function in functions.items()
+    }
 
 
 def rules(config: Config) -> dict[str, optax.GradientTransformation]:
@@ -127,14 +172,14 @@ def abstract_networks(config: Config, names: Collection[str] | None = None) -> d
 def whole(config: Config, trained: Mapping[str, Any]) -> dict[str, Any]:
     """Trained parameters as a checkpoint keeps them, with adapters merged into their base's weights, which are read."""
     merged = {
-        name: lora.merge(_makers(config)[item.base]().params, trained[name], item.alpha)
+        name: lora.merge(_makers(config, None)[item.base]().params, trained[name], item.alpha)
         for name, item in adapted(config).items()
         if name in trained
     }
     return {**trained, **merged}
 
 
-def _makers(config: Config) -> dict[str, Callable[[], Network]]:
+def _makers(config: Config, mesh: Mesh | None) -> dict[str, Callable[[], Network]]:
     """What makes each network, so that one can be made without the others."""
     rng, _ = jax.random.split(jax.random.key(config.seed))
     specs, found = config.networks, {}
@@ -143,11 +188,11 @@ def _makers(config: Config) -> dict[str, Callable[[], Network]]:
         if name in adapted(config):
             options = {option: config.lora[option] for option in ("rank", "alpha", "targets")}
             options |= {"base": specs[config.lora.base[name]], "start": config.lora.start[name]}
-            found[name] = functools.partial(networks.adapt, spec, rng=key, **options)
+            found[name] = functools.partial(networks.adapt, spec, rng=key, mesh=mesh, **options)
         else:
             # Weights are stored as the module's parameters are typed: frozen ones in bfloat16 on an accelerator.
             dtype = spec.options.get("param_dtype", "float32")
-            found[name] = functools.partial(networks.create, spec, key, dtype=dtype)
+            found[name] = functools.partial(networks.create, spec, key, dtype=dtype, mesh=mesh)
     return found
 
 
@@ -169,11 +214,21 @@ def _student_flow_step(config: Config, modules: Modules, rules: steps.Rules, *, 
 
 
 def _npedit_step(config: Config, modules: Modules, rules: steps.Rules) -> steps.Step:
-    updates = edit_step.Updates(modules, rules, EditSettings(**config.step.to_dict()), adapted(config))
-    return edit_step.separate_steps(updates) if _separate(config) else edit_step.outer_step(updates)
+    del rules
+    return edit_step.outer_step(_updates(config, modules))
 
 
-def _separate(config: Config) -> bool:
+def _updates(config: Config, modules: Modules) -> edit_step.Updates:
+    return edit_step.Updates(modules, rules(config), edit_settings(config), adapted(config))
+
+
+def edit_settings(config: Config) -> EditSettings:
+    """The numbers of the edit stage."""
+    return EditSettings(**config.step.to_dict())
+
+
+def separate(config: Config) -> bool:
+    """Whether each update of the step is a program of its own."""
     return "separate_steps" in config and config.separate_steps
 
 
@@ -188,9 +243,15 @@ STEPS: Mapping[str, Callable[[Config, Modules, steps.Rules], steps.Step]] = {
 
 
 def _feed(config: Config) -> Feed:
-    host = (jax.process_index(), jax.process_count())
-    inner = config.fake_updates + 1 if config.stage == "npedit" else 0
-    return Feed(config.seed, config.batch_size // host[1], host, inner)
+    mesh = make_mesh(config)
+    number, parts = parallel.host_share(mesh)
+    places = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % places:
+        raise ValueError(
+            f"batch_size must be a multiple of the {places} places of mesh axes data and fsdp that the samples are "
+            f"spread over, found {config.batch_size}; change batch_size or mesh"
+        )
+    return Feed(config.seed, config.batch_size // parts, (number, parts), inner_batches(config))
 
 
 def _dataset(config: Config, data: easyvqa.EasyVQA | None = None, **extra: Any) -> grain.MapDataset:
