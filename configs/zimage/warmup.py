@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     config.networks.autoencoder = npedit.network("autoencoder", "weights/Z-Image/vae", dtype="float32")
     config.networks.text_encoder = npedit.frozen("qwen3", "weights/Z-Image/text_encoder")
     # Parameters in float32; the release's are bfloat16.
-    config.networks.student = npedit.network("zimage", "weights/Z-Image/transformer", dtype="bfloat16", remat="full")
+    trained = dict(dtype="bfloat16", remat="full", **npedit.FLASH)
+    config.networks.student = npedit.network("zimage", "weights/Z-Image/transformer", **trained)
     config.data = ConfigDict(
         dict(
             records="records/edits",

@@ -60,11 +60,6 @@ class Stage:
         """Parameters of all others."""
         return {name: network.params for name, network in self.networks.items() if name not in self.rules}
 
-    def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters of all networks by name, with those of adapted ones whole: base and adapters merged."""
-        whole = {name: lora.merge(params[a.base], params[name], a.alpha) for name, a in self.adapted.items()}
-        return {**params, **whole}
-
 
 def build(config: Config) -> Stage:
     """Builds the stage that `config.stage` names, with its weights and data.
@@ -120,6 +115,11 @@ def compiled_step(config: Config, params: Mapping[str, Any], modules: Modules, m
     return edit_step.separate_steps(made, edit_settings(config)) if separate(config) else made["step"]
 
 
+def step_functions(config: Config, modules: Modules) -> dict[str, steps.Step]:
+    """What `programs` compiles: the whole step, or its parts."""
+    return edit_step.parts(_updates(config, modules)) if separate(config) else {"step": step(config, modules)}
+
+
 def programs(config: Config, params: Mapping[str, Any], modules: Modules, mesh: Mesh) -> dict[str, steps.Step]:
     """The compiled programs of a stage's step by name, each of which takes the state over: "step", or its parts.
 
@@ -131,16 +131,8 @@ def programs(config: Config, params: Mapping[str, Any], modules: Modules, mesh: 
     create = functools.partial(state.create, rules=rules(config), averaged=averaged(config))
     of_state = state.shardings(mesh, jax.eval_shape(create, trained))
     of_frozen = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
-    functions = edit_step.parts(_updates(config, modules)) if separate(config) else {"step": step(config, modules)}
-    return {
-        name: jax.jit(
-            function,
-            donate_argnums=0,
-            in_shardings=(of_state, of_frozen, None, None),
-            out_shardings=(of_state, parallel.replicated(mesh)),
-        )
-        for name, function in functions.items()
-    }
+    functions = step_functions(config, modules)
+    return {name: steps.compile_step(function, of_state, of_frozen) for name, function in functions.items()}
 
 
 def rules(config: Config) -> dict[str, optax.GradientTransformation]:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from npedit_jax import parallel
-from npedit_jax.training import edit_step, optimizer, state
+from npedit_jax.training import edit_step, optimizer, state, steps
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.edit_losses import EditSettings
 from tests.training.test_outer_step import recording
@@ -46,16 +46,14 @@ def run(mesh: jax.sharding.Mesh) -> tuple[state.TrainState, list[dict[str, float
     place = lambda name: parallel.put(params[name], parallel.parameter_shardings(mesh, params[name]))  # noqa: E731
     trained = {name: place(name) for name in rules}
     frozen = {name: place(name) for name in params if name not in rules}
+    of_frozen = jax.tree.map(lambda x: x.sharding, frozen)
     create = lambda trained: state.create(trained, rules, ("student",))  # noqa: E731
     shardings = state.shardings(mesh, jax.eval_shape(create, trained))
     whole = parallel.replicated(mesh)
     with jax.set_mesh(mesh):
         now = parallel.place(create, shardings, trained)
         updates = edit_step.parts(edit_step.Updates(modules, rules, SETTINGS))
-        programs = {
-            name: jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
-            for name, update in updates.items()
-        }
+        programs = {name: steps.compile_step(update, shardings, of_frozen) for name, update in updates.items()}
         step_function = edit_step.separate_steps(programs, SETTINGS)
         found, gradients = [], {}
         for step, seed in enumerate(SEEDS):
@@ -63,7 +61,8 @@ def run(mesh: jax.sharding.Mesh) -> tuple[state.TrainState, list[dict[str, float
             now, metrics = step_function(now, frozen, parallel.put_batch(batch(step), mesh, 1), key)
             found.append(jax.device_get(metrics))
             gradients = gradients or {name: jax.device_get(now.optimizer[name][0].gradients) for name in rules}
-    assert {program._cache_size() for program in programs.values()} == {0, 1}
+    compiled = {name: program._cache_size() for name, program in programs.items()}
+    assert set(compiled.values()) == {0, 1}, compiled
     return now, found, gradients
 
 

@@ -68,7 +68,7 @@ def test_a_run_trains_and_keeps_adapters_only(tmp_path):
     assert shapes(end.params["student"]) == shapes(start) == shapes(end.ema["student"])
     assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, end.params["student"])), strict=True))
     assert (tmp_path / "run" / "samples" / "step-0000002.png").exists()
-    whole = stage.merged({**stage.frozen(), **end.ema})["student"]
+    whole = lora.merged({**stage.frozen(), **end.ema}, stage.adapted)["student"]
     assert shapes(whole) == shapes(stage.frozen()["base"])
 
 
