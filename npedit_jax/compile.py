@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     """Command line."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; every option starts with --")
-    from npedit_jax.compilation import chips
+    from npedit_jax import chips
 
     try:
         chip = chips.chip_of(_TOPOLOGY.value)

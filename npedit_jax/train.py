@@ -31,15 +31,26 @@ def main(argv: list[str]) -> int:
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
-    from npedit_jax.training import loop, previews, stages, workdirs
+    from npedit_jax.training import hosts, loop, previews, stages, workdirs
 
     try:
+        hosts.join()
         workdirs.check(workdir, config)
         stage = stages.build(config)
         workdirs.open_run(workdir, config)
     except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
         return _fail(error)
-    loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
+    # A restart finds its programs compiled.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    try:
+        loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
+    except hosts.Preempted as stopped:
+        _fail(stopped)
+        return 128 + stopped.signal
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        return _fail(RuntimeError(f"process {jax.process_index()} lost another process of the run: {error}"))
     return 0
 
 

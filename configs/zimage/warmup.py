@@ -57,5 +57,6 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(times=npedit.TIMES, sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.checkpoint = ConfigDict(dict(every=250, keep=3))
-    config.log = ConfigDict(dict(every=10, preview_every=250))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))
     return config

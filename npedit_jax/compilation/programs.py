@@ -1,6 +1,7 @@
 """The programs of a run with the shapes of their arguments, for compiling and counting without weights or data."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from npedit_jax import parallel
+from npedit_jax import flops, parallel
 from npedit_jax.training import previews, stages, state
 from npedit_jax.training.networks import Network
 
 Config = ml_collections.ConfigDict
-PLAIN = {"remat": "none", "implementation": "xla"}  # what is counted as useful: nothing twice, attention as products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Resident:
 
 def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array's part on one device."""
-    return int(jnp.prod(jnp.asarray(array.sharding.shard_shape(array.shape), jnp.float32))) * array.dtype.itemsize
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def resident(config: Config, mesh: Mesh) -> tuple[dict[str, Network], Resident]:
@@ -74,7 +74,8 @@ def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[st
     made, held = resident(config, mesh)
     params = {name: network.params for name, network in made.items()}
     modules = {name: network.module for name, network in made.items()}
-    plain_modules = {name: _plain(module) for name, module in modules.items()}
+    plain_modules = {name: flops.plain(module) for name, module in modules.items()}
+    runs = stages.expected_runs(config)
     batch = {name: _array(mesh, x, stages.inner_batches(config) > 0) for name, x in batch_shapes(config, side).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(mesh))
@@ -83,26 +84,8 @@ def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[st
     for name, function in stages.programs(config, params, modules, mesh).items():
         inner = {field: _without_first_axis(mesh, x) for field, x in batch.items()} if name != "step" else batch
         arguments = (held.state, held.frozen, inner, key)
-        found[name] = Compilable(function, plain[name], arguments, _runs(config, name))
+        found[name] = Compilable(function, plain[name], arguments, runs[name])
     return found | {"sample": _sample(config, modules, plain_modules, mesh, held, batch)}, held
-
-
-def _plain(module: Any) -> Any:
-    """The module with `PLAIN` options, in its parts as well."""
-    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
-    changes = {name: value for name, value in PLAIN.items() if name in fields}
-    parts = {name: _plain(value) for name, value in fields.items() if hasattr(value, "scope") and name != "parent"}
-    return module.clone(**changes, **parts)
-
-
-def _runs(config: Config, name: str) -> float:
-    """How often an outer step runs a program, on average over the draws of the unroll's length."""
-    if name == "step":
-        return 1.0
-    update, _, length = name.partition("/")
-    lengths, times = stages.edit_settings(config).lengths, len(config.step.times)
-    share = 1.0 if lengths == (1,) else {"1": 1 / times, "2": 1 - 1 / times}[length]
-    return share * (config.fake_updates if update == "fake_score" else 1)
 
 
 def _sample(

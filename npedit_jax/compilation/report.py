@@ -9,8 +9,9 @@ import ml_collections
 from absl import logging
 from jax.sharding import Mesh
 
-from npedit_jax.compilation import flops, hlo
-from npedit_jax.compilation.chips import Chip
+from npedit_jax import flops
+from npedit_jax.chips import Chip
+from npedit_jax.compilation import hlo
 from npedit_jax.compilation.programs import Compilable, Resident, programs, shard_bytes
 
 GIB = 2**30
@@ -109,23 +110,22 @@ def compile_run(
       side: height and width of the pictures.
       only: compiles programs whose name holds this.
     """
-    with jax.set_mesh(mesh):
-        made, held = programs(config, mesh, side)
-        reports, failures = {}, []
-        for name, program in made.items():
-            if only not in name:
-                continue
-            try:
-                reports[name] = _compile(program, mesh, chip, held)
-            except jax.errors.JaxRuntimeError as error:
-                failures.append(f"{name} does not compile: {_first_lines(str(error))}")
-                continue
-            if reports[name].peak > LIMIT * chip.memory:
-                largest = "; ".join(reports[name].largest[:4])
-                failures.append(
-                    f"{name} peaks at {reports[name].peak / GIB:.2f} GiB, more than {LIMIT:.0%} of the device's "
-                    f"{chip.memory / GIB:.2f} GiB; largest: {largest}"
-                )
+    made, held = programs(config, mesh, side)
+    reports, failures = {}, []
+    for name, program in made.items():
+        if only not in name:
+            continue
+        try:
+            reports[name] = _compile(program, mesh, chip, held)
+        except jax.errors.JaxRuntimeError as error:
+            failures.append(f"{name} does not compile: {_first_lines(str(error))}")
+            continue
+        if reports[name].peak > LIMIT * chip.memory:
+            largest = "; ".join(reports[name].largest[:4])
+            failures.append(
+                f"{name} peaks at {reports[name].peak / GIB:.2f} GiB, more than {LIMIT:.0%} of the device's "
+                f"{chip.memory / GIB:.2f} GiB; largest: {largest}"
+            )
     return RunReport(
         devices=mesh.size,
         chips=mesh.size // chip.devices,
@@ -141,7 +141,8 @@ def compile_run(
 
 def _compile(program: Compilable, mesh: Mesh, chip: Chip, held: Resident) -> ProgramReport:
     start = time.monotonic()
-    compiled = program.function.lower(*program.arguments).compile()
+    with jax.set_mesh(mesh):
+        compiled = program.function.lower(*program.arguments).compile()
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     others = held.bytes_per_device() + _bytes(program.arguments[2]) - memory.argument_size_in_bytes

@@ -1,6 +1,5 @@
 """The loop that every stage runs in: feed, step, log, save."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,10 @@ from etils import epath
 
 from npedit_jax import parallel
 from npedit_jax.data.batches import iterate
-from npedit_jax.training import stages, state, telemetry
+from npedit_jax.training import hosts, stages, state, telemetry
 from npedit_jax.training.checkpoint import Checkpoints
+
+Preview = Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None]
 
 
 def run(
@@ -21,7 +22,7 @@ def run(
     stage: stages.Stage,
     workdir: epath.PathLike,
     *,
-    preview: Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None] | None = None,
+    preview: Preview | None = None,
 ) -> state.TrainState:
     """Trains the stage built from `config` up to `config.steps`, from the newest checkpoint where there is one.
 
@@ -30,45 +31,66 @@ def run(
 
     Returns:
       The final state.
+
+    Raises:
+      Preempted: one of several hosts got SIGTERM; all have saved.
     """
     with jax.set_mesh(stage.mesh):
         return _run(config, stage, workdir, preview)
 
 
-def _run(config: ml_collections.ConfigDict, stage: stages.Stage, workdir: epath.PathLike, preview: Any) -> Any:
+def _run(
+    config: ml_collections.ConfigDict, stage: stages.Stage, workdir: epath.PathLike, preview: Preview | None
+) -> state.TrainState:
     train_state, frozen = stage.start(), stage.frozen()
     batches = iterate(stage.dataset)
-
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if start:
         train_state, position = checkpoints.restore(start, train_state)
         batches.set_state(position)
         logging.info("resumed from step %d", start)
-    log = telemetry.MetricsLog(workdir, restored_step=start)
+    meter = telemetry.Meter(workdir, start, stages.work(config, stage))
+    wandb_project = config.log.wandb_project if "wandb_project" in config.log else ""
+    log = telemetry.MetricsLog(workdir, restored_step=start, wandb_project=wandb_project)
+    profiler = telemetry.Profiler(workdir, config.log.profile_steps if "profile_steps" in config.log else ())
 
     keys = _StepKeys(config.seed, stage.mesh)
     pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+    stopped = None
     with telemetry.progress(config.steps, start, config.stage) as bar:
         for step in range(start + 1, config.steps + 1):
-            started = time.monotonic()
-            batch = parallel.put_batch(next(batches), stage.mesh, leading_axes=1 if stage.inner_batches else 0)
-            fed = time.monotonic()
-            train_state, metrics = stage.step(train_state, frozen, batch, keys(step))
+            profiler.before(step)
+            with meter.data():
+                host_batch = next(batches)
+            # What is moved to a device is moved by name: a hidden transfer every step would go unnoticed.
+            with jax.transfer_guard("disallow"):
+                batch = parallel.put_batch(host_batch, stage.mesh, leading_axes=1 if stage.inner_batches else 0)
+                train_state, metrics = stage.step(train_state, frozen, batch, keys(step))
+            meter.count()
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, pending)
             if step % config.log.every == 0 or step == config.steps:
-                pending = (step, metrics, {"time/data": fed - started, "time/clock": time.time()})
+                pending = (step, metrics, meter.read())
+            profiler.after(step, metrics)
             bar.update()
-            if checkpoints.due(step) or step == config.steps:
-                pending = _log(log, bar, pending)
-                log.flush()
-                checkpoints.save(step, train_state, batches.get_state(), force=step == config.steps)
-            if preview and (step % config.log.preview_every == 0 or step == config.steps):
-                preview(stage, train_state, frozen, step)
+            stopped = step if hosts.stop_at(step) else None
+            last = step == config.steps or stopped is not None
+            with meter.apart():
+                if checkpoints.due(step) or last:
+                    pending = _log(log, bar, pending)
+                    log.flush()
+                    checkpoints.save(step, train_state, batches.get_state(), force=last)
+                if preview and (step % config.log.preview_every == 0 or step == config.steps):
+                    preview(stage, train_state, frozen, step)
+            if last:
+                break
         _log(log, bar, pending)
+    profiler.close()
     log.close()
     checkpoints.close()
+    if stopped is not None and stopped < config.steps:
+        raise hosts.Preempted(stopped)
     return train_state
 
 

@@ -9,20 +9,22 @@ import flax.linen as nn
 import grain
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from npedit_jax import parallel
+from npedit_jax import chips, flops, parallel
 from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
 from npedit_jax.data.batches import Feed
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.models import lora
-from npedit_jax.training import edit_step, networks, optimizer, state, steps
+from npedit_jax.training import edit_step, networks, optimizer, state, steps, telemetry
 from npedit_jax.training.edit_losses import EditSettings
 from npedit_jax.training.networks import Network
 
 Config = ml_collections.ConfigDict
 Modules = Mapping[str, nn.Module]
+PATCH = 16  # pixels along the side of what the denoiser takes as a token, for the count of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,41 @@ def abstract_networks(config: Config, names: Collection[str] | None = None) -> d
             params = jax.eval_shape(create, jax.random.key(0), params)
         made[name] = Network(module, params)
     return made
+
+
+def expected_runs(config: Config) -> dict[str, float]:
+    """How often a step runs each of its `programs`, on average over the draws of the unroll's length."""
+    if not separate(config):
+        return {"step": 1.0}
+    lengths, times = edit_settings(config).lengths, len(config.step.times)
+    shares = {1: 1.0} if lengths == (1,) else {1: 1 / times, 2: 1 - 1 / times}
+    updates = {"fake_score": config.fake_updates, "student": 1}
+    return {f"{name}/{n}": count * share for name, count in updates.items() for n, share in shares.items()}
+
+
+def work(config: Config, stage: Stage) -> telemetry.Work:
+    """What a step works through. FLOPs are counted, which takes a trace, where the device's peak is known."""
+    batch = stage.dataset[0]
+    images = max((x for x in batch.values() if x.dtype == np.uint8), key=lambda x: x.size)
+    leading, hosts = (2 if stage.inner_batches else 1), parallel.host_share(stage.mesh)[1]
+    samples = int(np.prod(images.shape[:leading])) * hosts
+    texts = sum(x.shape[-1] for name, x in batch.items() if name.endswith(("_ids", "packed_segments")))
+    patches = int(np.prod(images.shape[leading:-1])) // PATCH**2
+    peak = chips.peak_flops(stage.mesh.devices.flat[0])
+    needed = hosts * _useful_flops(config, stage, batch) if peak else 0.0
+    return telemetry.Work(samples, samples * (patches + texts), stage.mesh.size, needed, peak)
+
+
+def _useful_flops(config: Config, stage: Stage, batch: Mapping[str, np.ndarray]) -> float:
+    """FLOPs of a step on a host's batch, on average over the unroll's length."""
+    functions = step_functions(config, {name: flops.plain(network.module) for name, network in stage.networks.items()})
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    params = {name: jax.tree.map(shape, network.params) for name, network in stage.networks.items()}
+    trained = {name: params.pop(name) for name in stage.rules}
+    start = jax.eval_shape(functools.partial(state.create, rules=stage.rules, averaged=stage.averaged), trained)
+    one = {name: x[0] if separate(config) else x for name, x in batch.items()}
+    arguments = (start, params, jax.tree.map(shape, one), jax.eval_shape(lambda: jax.random.key(0)))
+    return sum(runs * flops.useful(functions[name], *arguments) for name, runs in expected_runs(config).items())
 
 
 def whole(config: Config, trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,3 +70,13 @@ def devices_of(topology: str, slices: int = 1) -> Sequence[jax.Device]:
         raise ValueError(
             f"no TPU compiler for {topology}: {reason}; install jax[tpu], whose libtpu works on a machine without TPU"
         ) from error
+
+
+# What jax calls a device, in lower case, by the start of its name; of "TPU v5p" and "TPU v5" both are v5p.
+KINDS = {"tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v6": "v6e", "tpu7x": "tpu7x", "tpu v5": "v5p"}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Published bfloat16 FLOP/s of a device; None of one that is not in the table."""
+    kind = device.device_kind.lower()
+    return next((CHIPS[name].flops for start, name in KINDS.items() if kind.startswith(start)), None)

@@ -1,10 +1,23 @@
 """FLOPs that a function needs, counted from the shapes of its products before any compiler sees it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+
+# What a step needs: nothing is computed twice, and attention is two products.
+PLAIN = {"remat": "none", "implementation": "xla"}
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module with `PLAIN` options, in its parts as well: the one to count."""
+    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
+    changes = {name: value for name, value in PLAIN.items() if name in fields}
+    parts = {name: plain(x) for name, x in fields.items() if isinstance(x, nn.Module) and name != "parent"}
+    return module.clone(**changes, **parts)
 
 
 def useful(function: Callable[..., Any], *arguments: Any) -> float:
