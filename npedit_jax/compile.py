@@ -17,6 +17,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:AxB or CHIP:AxBxC, one s
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of a multi-slice job.", lower_bound=1)
 _SIZE = flags.DEFINE_string("size", "512x512", "Height x width of the pictures, a bucket of the config.")
 _ONLY = flags.DEFINE_string("only", "", "Compile only programs whose name holds this.")
+_TEXT = flags.DEFINE_string("text", None, "Also write each compiled program's text to this directory.")
 _JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> None:
         config = _CONFIG.value
         mesh = parallel.make_mesh(**config.mesh.to_dict(), devices=devices)
         height, width = (int(side) for side in _SIZE.value.split("x"))
-        found = report.compile_run(config, mesh, chip, (height, width), _ONLY.value)
+        text = epath.Path(_TEXT.value) if _TEXT.value else None
+        found = report.compile_run(config, mesh, chip, (height, width), only=_ONLY.value, text=text)
     except ValueError as error:
         sys.exit(f"compile: {error}")
     print(report.text(found, f"{_TOPOLOGY.value} x {_SLICES.value}"))

@@ -71,9 +71,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         raise ValueError(f"{slices} slices lie along the mesh axis data, found {shape}; make mesh.data a multiple")
     per_slice = (sizes[0] // slices, *sizes[1:])
     if slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(per_slice, (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(per_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
-        grid = mesh_utils.create_device_mesh(per_slice, devices)
+        grid = mesh_utils.create_device_mesh(per_slice, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -123,7 +123,7 @@ class Program:
                         if array.in_main_memory:
                             label = f"{array.dtype}{list(array.shape)} {instruction.opcode} {instruction.source}"
                             made[label] = array.bytes
-                if kind := _collective(instruction.opcode):
+                if kind := _collective(instruction.opcode, name):
                     found = self._read_collective(kind, computation, instruction, times, mesh_shape)
                     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                     # The start and the end of one that runs beside the computation each hold a copy of it.
@@ -257,8 +257,10 @@ class Program:
         )
 
 
-def _collective(opcode: str) -> str | None:
+def _collective(opcode: str, computation: str) -> str | None:
     name = opcode.removesuffix("-start")
+    if name == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        return "reduce-scatter"  # how the TPU compiler writes one
     return name if name in COLLECTIVES else None
 
 
@@ -372,6 +374,20 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
         shape, dimensions = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
         order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dimensions))
         return np.arange(math.prod(dimensions)).reshape(dimensions).transpose(order).reshape(shape).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    )
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        inside = [name for name in re.findall(r"'(\w+)'", named[4]) if name in sizes]
+        outside = [name for name in sizes if name not in inside]
+        numbers = np.arange(math.prod(sizes.values()))
+        if named[2]:
+            numbers = numbers.reshape([int(n) for n in named[2].split(",")])
+            numbers = numbers.transpose([int(n) for n in named[3].split(",")] if named[3] else None)
+        numbers = numbers.reshape(list(sizes.values()))
+        order = [list(sizes).index(name) for name in (*outside, *inside)]
+        return numbers.transpose(order).reshape(-1, math.prod(sizes[name] for name in inside)).tolist()
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes)
     if listed:
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])]

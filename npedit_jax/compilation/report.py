@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from npedit_jax import flops
@@ -102,13 +102,20 @@ class RunReport:
 
 
 def compile_run(
-    config: ml_collections.ConfigDict, mesh: Mesh, chip: Chip, side: tuple[int, int], only: str = ""
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    chip: Chip,
+    side: tuple[int, int],
+    *,
+    only: str = "",
+    text: epath.Path | None = None,
 ) -> RunReport:
     """Compiles every program of a run for the devices of the mesh; needs no weights, data or such devices.
 
     Args:
       side: height and width of the pictures.
       only: compiles programs whose name holds this.
+      text: directory for the text of each compiled program.
     """
     made, held = programs(config, mesh, side)
     reports, failures = {}, []
@@ -116,10 +123,14 @@ def compile_run(
         if only not in name:
             continue
         try:
-            reports[name] = _compile(program, mesh, chip, held)
+            compiled, seconds = _compile(program, mesh)
         except jax.errors.JaxRuntimeError as error:
             failures.append(f"{name} does not compile: {_first_lines(str(error))}")
             continue
+        if text is not None:
+            text.mkdir(parents=True, exist_ok=True)
+            (text / f"{name.replace('/', '_')}.hlo").write_text(compiled.as_text())
+        reports[name] = _report(program, compiled, mesh, chip, held, seconds)
         if reports[name].peak > LIMIT * chip.memory:
             largest = "; ".join(reports[name].largest[:4])
             failures.append(
@@ -139,17 +150,21 @@ def compile_run(
     )
 
 
-def _compile(program: Compilable, mesh: Mesh, chip: Chip, held: Resident) -> ProgramReport:
+def _compile(program: Compilable, mesh: Mesh) -> tuple[jax.stages.Compiled, float]:
     start = time.monotonic()
     with jax.set_mesh(mesh):
         compiled = program.function.lower(*program.arguments).compile()
-    seconds = time.monotonic() - start
+    return compiled, time.monotonic() - start
+
+
+def _report(
+    program: Compilable, compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip, held: Resident, seconds: float
+) -> ProgramReport:
     memory = compiled.memory_analysis()
     others = held.bytes_per_device() + _bytes(program.arguments[2]) - memory.argument_size_in_bytes
     own = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     own += memory.output_size_in_bytes - memory.alias_size_in_bytes
     work = hlo.Program(compiled.as_text()).work(mesh.shape)
-    logging.info("compiled in %.0f s", seconds)
     gathers = [(c.bytes, f"{c.dtype}{list(c.shape)} {c.source}") for c in work.collectives if c.kind == "all-gather"]
     return ProgramReport(
         arguments=memory.argument_size_in_bytes,
