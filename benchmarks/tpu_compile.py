@@ -1,7 +1,7 @@
 """Compiles the full-size configs for TPU topologies, without a TPU: `python benchmarks/tpu_compile.py`.
 
-Writes benchmarks/tpu_compile.json and the tables of docs/pods.md. Each program is compiled in a process of its own, some
-minutes each on two cores; what the file has already is left, so an interrupted run goes on (--again starts anew).
+Writes benchmarks/tpu_compile.json and the tables of docs/pods.md. Each program is compiled in a process of its own,
+some minutes each on two cores; what the file has already is left, so an interrupted run goes on (--again starts anew).
 Exits with 1 where a program does not compile or peaks above 85 % of a device's memory.
 """
 
@@ -83,8 +83,8 @@ def compile_program(case: Case, program: str) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The tables of the page: a row a program, and a row a case whose programs are all there."""
     lines = [
-        "| config, topology, mesh, remat | program | peak GiB | of HBM | useful TFLOP | executed / useful | compute s | "
-        "memory s | interconnect s | largest gather MiB |",
+        "| config, topology, mesh, remat | program | peak GiB | of HBM | useful TFLOP | executed / useful | "
+        "compute s | memory s | interconnect s | largest gather MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, reports in results.items():
@@ -105,8 +105,9 @@ def _row(name: str, program: str, p: dict[str, Any], report: dict[str, Any]) -> 
     times = p["times"]
     links = times["interconnect"] + times["network"]
     return (
-        f"| {name} | {program} | {p['peak'] / GIB:.1f} | {p['peak'] / report['memory']:.0%} | {p['useful'] / 1e12:.0f} | "
-        f"{p['executed'] / p['useful']:.2f} | {times['compute']:.2f} | {times['memory']:.2f} | {links:.2f} | "
+        f"| {name} | {program} | {p['peak'] / GIB:.1f} | {p['peak'] / report['memory']:.0%} | "
+        f"{p['useful'] / 1e12:.0f} | {p['executed'] / p['useful']:.2f} | "
+        f"{times['compute']:.2f} | {times['memory']:.2f} | {links:.2f} | "
         f"{p['largest_gather'][0] / 2**20:.0f} |"
     )
 
