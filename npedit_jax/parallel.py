@@ -201,6 +201,21 @@ def place(make: Callable[..., Any], shardings: Any, *arguments: Any, donate: Seq
     return jax.jit(make, out_shardings=shardings, donate_argnums=tuple(donate))(*arguments)
 
 
+def on_host(shardings: Any) -> Any:
+    """The same places in the memory of the devices' host."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+
+
+def on_devices(tree: Any) -> Any:
+    """Inside a program: arrays that lie in the host's memory are brought to the devices; others stay as they are."""
+
+    def one(x: jax.Array) -> jax.Array:
+        held = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if held else x
+
+    return jax.tree.map(one, tree)
+
+
 def put(tree: Any, shardings: Any) -> Any:
     """Places arrays that every process holds whole; each device receives its part."""
 

@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
         hosts.join()
         workdirs.check(workdir, config)
         stage = stages.build(config)
-        workdirs.open_run(workdir, config)
+        hosts.together("the working directory is checked")  # before process 0 writes to it
+        if jax.process_index() == 0:
+            workdirs.open_run(workdir, config)
+        hosts.together("the working directory is opened")
     except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
         return _fail(error)
     # A restart finds its programs compiled.

@@ -88,7 +88,8 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(dict(student=adam, fake_score=adam))
     config.sampling = ConfigDict(dict(times=TIMES, sampler="ddim", eta=1.0))
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # docs/pods.md: which sizes for which pod
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=250, keep=3))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
     config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))

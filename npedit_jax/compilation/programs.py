@@ -46,7 +46,9 @@ class Resident:
 
 
 def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array's part on one device."""
+    """Bytes of an array's part in one device's memory."""
+    if array.sharding.memory_kind == "pinned_host":
+        return 0
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
@@ -56,8 +58,9 @@ def resident(config: Config, mesh: Mesh) -> tuple[dict[str, Network], Resident]:
     trained = {name: made[name].params for name in config.optimizer}
     start = jax.eval_shape(lambda params: state.create(params, stages.rules(config), stages.averaged(config)), trained)
     frozen = {name: network.params for name, network in made.items() if name not in trained}
-    of_frozen = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
-    return made, Resident(_placed(start, state.shardings(mesh, start)), _placed(frozen, of_frozen))
+    where = stages.offload(config)
+    of_state = stages.state_shardings(mesh, start, where)
+    return made, Resident(_placed(start, of_state), _placed(frozen, stages.frozen_shardings(mesh, frozen, where)))
 
 
 def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[str, Compilable], Resident]:

@@ -39,8 +39,16 @@ def join(environment: Mapping[str, str] = os.environ) -> bool:
         )
     arguments = (by_hand[3], int(by_hand[2]), int(by_hand[1])) if by_hand else ()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    jax.distributed.initialize(
+        *arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS
+    )
     return True
+
+
+def together(what: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def stop_at(step: int) -> bool:

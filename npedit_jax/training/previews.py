@@ -74,6 +74,7 @@ def function(
     make = PREVIEWS[config.stage](modules, config)
 
     def rows(params, batch, rng):
+        params = parallel.on_devices(params)
         return tuple(to_uint8(row) for row in make(lora.merged(params, adapted), batch, rng))
 
     return rows

@@ -40,6 +40,7 @@ class Stage:
       dataset: this host's share of each batch, as dictionaries of numpy arrays.
       inner_batches: batches have this leading axis before the batch axis; 0 for none.
       adapted: networks of which only adapters are trained: adapters stand in the place of their parameters.
+      offload: what lies in the hosts' memory between programs, see `offload`.
     """
 
     networks: Mapping[str, Network]
@@ -50,17 +51,23 @@ class Stage:
     dataset: grain.MapDataset
     inner_batches: int = 0
     adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
+    offload: tuple[str, ...] = ()
 
     def start(self) -> state.TrainState:
         """The state at step 0, which takes the initial parameters over."""
         params = {name: self.networks[name].params for name in self.rules}
         create = functools.partial(state.create, rules=self.rules, averaged=self.averaged)
-        shardings = state.shardings(self.mesh, jax.eval_shape(create, params))
+        shardings = state_shardings(self.mesh, jax.eval_shape(create, params), self.offload)
         return parallel.place(create, shardings, params, donate=(0,))
 
     def frozen(self) -> dict[str, Any]:
-        """Parameters of all others."""
-        return {name: network.params for name, network in self.networks.items() if name not in self.rules}
+        """Parameters of all others, in the place where they lie during the run."""
+        params = {name: network.params for name, network in self.networks.items() if name not in self.rules}
+        return params | {
+            name: jax.device_put(tree, parallel.on_host(jax.tree.map(lambda x: x.sharding, tree)))
+            for name, tree in params.items()
+            if name in self.offload
+        }
 
 
 def build(config: Config) -> Stage:
@@ -82,7 +89,35 @@ def build(config: Config) -> Stage:
         dataset=DATASETS[config.stage](config, modules),
         inner_batches=inner_batches(config),
         adapted=adapted(config),
+        offload=offload(config),
     )
+
+
+def offload(config: Config) -> tuple[str, ...]:
+    """What lies in the hosts' memory between programs, and is brought to the devices by those that use it.
+
+    Names of frozen networks, or "optimizer" for the optimizer's state.
+
+    Raises:
+      ValueError: any other name.
+    """
+    names = tuple(config.offload) if "offload" in config else ()
+    frozen = [name for name in config.networks if name not in config.optimizer]
+    if unknown := [name for name in names if name not in ("optimizer", *frozen)]:
+        raise ValueError(f"cannot offload {unknown}; choose among 'optimizer' and the frozen networks {frozen}")
+    return names
+
+
+def state_shardings(mesh: Mesh, start: state.TrainState, offload: Collection[str]) -> state.TrainState:
+    """Where each array of a state lies between programs."""
+    found = state.shardings(mesh, start)
+    return found.replace(optimizer=parallel.on_host(found.optimizer)) if "optimizer" in offload else found
+
+
+def frozen_shardings(mesh: Mesh, frozen: Mapping[str, Any], offload: Collection[str]) -> dict[str, Any]:
+    """Where each frozen parameter lies between programs."""
+    found = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
+    return {name: parallel.on_host(tree) if name in offload else tree for name, tree in found.items()}
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -131,8 +166,8 @@ def programs(config: Config, params: Mapping[str, Any], modules: Modules, mesh: 
     trained = {name: params[name] for name in config.optimizer}
     frozen = {name: tree for name, tree in params.items() if name not in trained}
     create = functools.partial(state.create, rules=rules(config), averaged=averaged(config))
-    of_state = state.shardings(mesh, jax.eval_shape(create, trained))
-    of_frozen = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
+    of_state = state_shardings(mesh, jax.eval_shape(create, trained), offload(config))
+    of_frozen = frozen_shardings(mesh, frozen, offload(config))
     functions = step_functions(config, modules)
     return {name: steps.compile_step(function, of_state, of_frozen) for name, function in functions.items()}
 

@@ -29,10 +29,13 @@ Step = Callable[[states.TrainState, Mapping[str, Params], Batch, jax.Array], tup
 
 
 def compile_step(step: Step, state_shardings: states.TrainState, frozen_shardings: Mapping[str, Any]) -> Step:
-    """The step as a program that takes the state over and leaves each array where it was."""
+    """The step as a program that takes the state over and leaves each array where it was.
+
+    What lies in the hosts' memory is on the devices for as long as the program uses it.
+    """
     whole = parallel.replicated(state_shardings.step.mesh)
     return jax.jit(
-        step,
+        lambda state, frozen, *rest: step(parallel.on_devices(state), parallel.on_devices(frozen), *rest),
         donate_argnums=0,
         in_shardings=(state_shardings, frozen_shardings, None, None),
         out_shardings=(state_shardings, whole),

@@ -12,6 +12,7 @@ from etils import epath
 # Fields that may differ from one start of a run to the next: they change how it runs, what comes out by rounding only.
 FREE_FIELDS = (
     "mesh.*",
+    "offload",
     "checkpoint.*",
     "log.*",
     "cpu_devices",
