@@ -125,11 +125,14 @@ def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> 
     """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
     pixels = to_pixels(batch["reference"])
     reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
-    texts = (
-        encode_text(modules, frozen, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
-        for kind in ("instruction", "caption", "negative")
+    # One call for both texts of a sample: the encoder is compiled once for them.
+    ids, mask = (
+        jnp.concatenate([batch[f"{kind}_{part}"] for kind in ("instruction", "caption")]) for part in ("ids", "mask")
     )
-    return jax.lax.stop_gradient(Conditions(pixels, reference, *texts))
+    both = encode_text(modules, frozen, ids, mask)
+    instruction, caption = zip(*(jnp.split(x, 2) for x in both), strict=True)
+    negative = encode_text(modules, frozen, batch["negative_ids"], batch["negative_mask"])
+    return jax.lax.stop_gradient(Conditions(pixels, reference, instruction, caption, negative))
 
 
 def edit(modules: Modules, student: Variables, given: Conditions, draws: StudentDraws, *, two_steps: bool) -> jax.Array:
