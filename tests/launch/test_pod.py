@@ -59,10 +59,13 @@ def gcloud(tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(LAUNCH)))
 def test_shellcheck_has_nothing_to_say(script):
-    done = subprocess.run(["shellcheck", "-x", str(script)], capture_output=True, text=True, cwd=LAUNCH.parent)
+    done = subprocess.run([SHELLCHECK, "-x", str(script)], capture_output=True, text=True, cwd=LAUNCH.parent)
     assert done.returncode == 0, done.stdout
 
 
