@@ -24,12 +24,14 @@ class Compilable:
     Attributes:
       function: jitted.
       plain: the same without rematerialisation or kernels, to be counted.
+      batch: what of the arguments is no part of the run's state.
       runs: expected runs in an outer step; 0 for what is no part of it.
     """
 
     function: Callable[..., Any]
     plain: Callable[..., Any]
     arguments: tuple[Any, ...]
+    batch: Any
     runs: float
 
 
@@ -42,14 +44,13 @@ class Resident:
 
     def bytes_per_device(self) -> int:
         """Of one device's shards."""
-        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves((self.state, self.frozen)))
+        return shard_bytes((self.state, self.frozen))
 
 
-def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array's part in one device's memory."""
-    if array.sharding.memory_kind == "pinned_host":
-        return 0
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+def shard_bytes(tree: Any) -> int:
+    """Bytes of the parts of arrays that lie in one device's memory."""
+    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 def resident(config: Config, mesh: Mesh) -> tuple[dict[str, Network], Resident]:
@@ -87,7 +88,7 @@ def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[st
     for name, function in stages.programs(config, params, modules, mesh).items():
         inner = {field: _without_first_axis(mesh, x) for field, x in batch.items()} if name != "step" else batch
         arguments = (held.state, held.frozen, inner, key)
-        found[name] = Compilable(function, plain[name], arguments, runs[name])
+        found[name] = Compilable(function, plain[name], arguments, inner, runs[name])
     return found | {"sample": _sample(config, modules, plain_modules, mesh, held, batch)}, held
 
 
@@ -99,7 +100,8 @@ def _sample(
     inner = {field: _without_first_axis(mesh, x) for field, x in batch.items()} if config.stage == "npedit" else batch
     params = held.frozen | held.state.ema
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=parallel.replicated(mesh))
-    return Compilable(program, previews.function(config, plain, stages.adapted(config)), (params, inner, key), 0.0)
+    counted = previews.function(config, plain, stages.adapted(config))
+    return Compilable(program, counted, (params, inner, key), inner, 0.0)
 
 
 def batch_shapes(config: Config, side: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -161,15 +161,15 @@ def _report(
     program: Compilable, compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip, held: Resident, seconds: float
 ) -> ProgramReport:
     memory = compiled.memory_analysis()
-    others = held.bytes_per_device() + _bytes(program.arguments[2]) - memory.argument_size_in_bytes
-    own = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    own += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # A program is given what it uses of the run's state, and takes over what it changes.
+    throughout = max(held.bytes_per_device() + shard_bytes(program.batch), memory.argument_size_in_bytes)
+    made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     work = hlo.Program(compiled.as_text()).work(mesh.shape)
     gathers = [(c.bytes, f"{c.dtype}{list(c.shape)} {c.source}") for c in work.collectives if c.kind == "all-gather"]
     return ProgramReport(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        peak=own + max(others, 0),
+        peak=throughout + made,
         useful=flops.useful(program.plain, *_unplaced(program.arguments)) / mesh.size,
         executed=work.flops,
         traffic=work.traffic,
@@ -180,10 +180,6 @@ def _report(
         runs=program.runs,
         compile_seconds=seconds,
     )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _unplaced(arguments: Any) -> Any:
