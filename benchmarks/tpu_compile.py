@@ -34,6 +34,7 @@ class Case:
     batch: int
     remat: str
     slices: int = 1
+    programs: tuple[str, ...] = PROGRAMS
 
     @property
     def name(self) -> str:
@@ -64,6 +65,10 @@ CASES = (
     Case("npedit_lora", "v5e:4x4", 1, 16, 16, "full"),
     Case("npedit_lora", "v6e:4x4", 1, 16, 16, "full"),
     Case("npedit", "tpu7x:4x4x4", 8, 16, 128, "dots_attention"),
+    # Weak scaling: with the row of v5p:4x4x4, one update on 16, 64 and 512 chips, a sample each.
+    Case("npedit", "v5p:2x2x4", 1, 16, 16, "dots_attention", programs=("fake_score/2",)),
+    Case("npedit", "v5p:8x8x8", 32, 16, 512, "dots_attention", programs=("fake_score/2",)),
+    Case("npedit", "v6e:8x8", 8, 16, 128, "full", slices=2, programs=("fake_score/2",)),
 )
 
 
@@ -83,8 +88,8 @@ def compile_program(case: Case, program: str) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The tables of the page: a row a program, and a row a case whose programs are all there."""
     lines = [
-        "| config, topology, mesh, remat | program | peak GiB | of HBM | useful TFLOP | executed / useful | "
-        "compute s | memory s | interconnect s | largest gather MiB |",
+        "| config, topology, mesh, remat | program | temporaries, peak GiB | of HBM | useful TFLOP | "
+        "executed / useful | compute s | memory s | links s | largest gather MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, reports in results.items():
@@ -105,7 +110,8 @@ def _row(name: str, program: str, p: dict[str, Any], report: dict[str, Any]) -> 
     times = p["times"]
     links = times["interconnect"] + times["network"]
     return (
-        f"| {name} | {program} | {p['peak'] / GIB:.1f} | {p['peak'] / report['memory']:.0%} | "
+        f"| {name} | {program} | {p['temporaries'] / GIB:.1f}, {p['peak'] / GIB:.1f} | "
+        f"{p['peak'] / report['memory']:.0%} | "
         f"{p['useful'] / 1e12:.0f} | {p['executed'] / p['useful']:.2f} | "
         f"{times['compute']:.2f} | {times['memory']:.2f} | {links:.2f} | "
         f"{p['largest_gather'][0] / 2**20:.0f} |"
@@ -141,7 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for case in CASES:
-        for program in PROGRAMS:
+        for program in case.programs:
             if arguments.case not in case.name or arguments.program not in program:
                 continue
             if arguments.again or program not in results.get(case.name, {}):
