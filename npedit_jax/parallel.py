@@ -221,6 +221,8 @@ def put(tree: Any, shardings: Any) -> Any:
 
     def one(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         value = np.asarray(value)
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        places = sharding.addressable_devices_indices_map(value.shape)
+        shards = [jax.device_put(value[index], device) for device, index in places.items()]
+        return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
 
     return jax.tree.map(one, tree, shardings)
