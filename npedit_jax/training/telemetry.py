@@ -133,9 +133,10 @@ class Meter:
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """Around what is no part of a step: saving, previews."""
-        start = self._clock()
+        start, compiled = self._clock(), self._compiling
         yield
         self._apart += self._clock() - start
+        self._compiled_before += self._compiling - compiled  # is in that time already
 
     def count(self) -> None:
         """A step was begun."""

@@ -71,6 +71,16 @@ def test_compilation_is_no_part_of_a_step(tmp_path):
     assert found["time/compile"] == 30.0 and found["time/step"] == pytest.approx(2.0)
 
 
+def test_compilation_while_saving_counts_once(tmp_path):
+    clock = Clock()
+    made = meter(tmp_path, clock)
+    steps(made, clock, 2)
+    with made.apart():
+        clock.now += 30.0
+        made._listen("/jax/core/compile/backend_compile_duration", 29.0)
+    assert made.read()["time/step"] == pytest.approx(2.0)
+
+
 def test_no_peak_no_utilisation(tmp_path):
     clock = Clock()
     made = telemetry.Meter(tmp_path, 0, WORK._replace(flops=0.0, peak_flops=None), clock)
