@@ -155,10 +155,32 @@ def field_sharding(mesh: Mesh, shape: Sequence[int], leading_axes: int = 0) -> N
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, leading_axes: int = 0) -> dict[str, jax.Array]:
     """Places a host's share of a batch on its devices; see `host_share` for which share that is."""
-    return {
-        name: jax.make_array_from_process_local_data(field_sharding(mesh, value.shape, leading_axes), value)
-        for name, value in batch.items()
-    }
+    number, parts = host_share(mesh)
+
+    def put(value: np.ndarray) -> jax.Array:
+        sharding = field_sharding(mesh, value.shape, leading_axes)
+        if sharding.is_fully_replicated:
+            return _from_parts(value.shape, sharding, lambda index: value[index])
+        own = value.shape[leading_axes]
+        shape = (*value.shape[:leading_axes], own * parts, *value.shape[leading_axes + 1 :])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[leading_axes].indices(own * parts)
+            inside = slice(start - number * own, stop - number * own)
+            return value[(*index[:leading_axes], inside, *index[leading_axes + 1 :])]
+
+        return _from_parts(shape, sharding, part)
+
+    return {name: put(value) for name, value in batch.items()}
+
+
+def _from_parts(
+    shape: Sequence[int], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array whose parts this process puts on its devices, each by name: no transfer that a guard would forbid."""
+    places = sharding.addressable_devices_indices_map(tuple(shape))
+    shards = [jax.device_put(part(index), device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards)
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
@@ -221,8 +243,6 @@ def put(tree: Any, shardings: Any) -> Any:
 
     def one(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         value = np.asarray(value)
-        places = sharding.addressable_devices_indices_map(value.shape)
-        shards = [jax.device_put(value[index], device) for device, index in places.items()]
-        return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
+        return _from_parts(value.shape, sharding, lambda index: value[index])
 
     return jax.tree.map(one, tree, shardings)

@@ -54,7 +54,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 def host_batch(step: int, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """This process's share."""
-    number, parts = parallel.host_share(mesh) if mesh.size > 1 else (0, 1)
+    number, parts = parallel.host_share(mesh)
     cut = slice(number * SAMPLES // parts, (number + 1) * SAMPLES // parts)
     return {name: x if x.shape[1] == 1 else x[:, cut] for name, x in batch(step).items()}
 
@@ -85,8 +85,8 @@ def run(mesh: jax.sharding.Mesh) -> tuple[state.TrainState, list[dict[str, float
         step_function = edit_step.separate_steps(programs, SETTINGS)
         found, gradients = [], {}
         for step, seed in enumerate(SEEDS):
-            compiled_before = len(COMPILED)
             key = parallel.place(functools.partial(jax.random.key, seed), whole)
+            compiled_before = len(COMPILED)
             now, metrics = step_function(now, frozen, parallel.put_batch(host_batch(step, mesh), mesh, 1), key)
             assert step == 0 or len(COMPILED) == compiled_before, "a program was compiled after the first step"
             found.append(jax.device_get(metrics))
