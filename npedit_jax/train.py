@@ -39,16 +39,22 @@ def main(argv: list[str]) -> int:
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
-    from npedit_jax.training import faults, loop, previews, stages, stopping, workdir_lock, workdirs
+    from npedit_jax.training import faults, hosts, loop, previews, stages, stopping, workdir_lock, workdirs
 
     with contextlib.ExitStack() as held:
         try:
+            hosts.join()
             workdirs.check(workdir, config)
+            hosts.together("the working directory is checked")  # before process 0 writes to it
             held.enter_context(workdir_lock.held(workdir))
             stage = stages.build(config)
-            workdirs.open_run(workdir, config)
+            if jax.process_index() == 0:
+                workdirs.open_run(workdir, config)
+            hosts.together("the working directory is opened")
         except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
             return _fail(error)
+        # A restart finds its programs compiled.
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         try:
             loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
         except stopping.Stopped as stopped:
@@ -59,6 +65,10 @@ def main(argv: list[str]) -> int:
             if isinstance(fault, faults.DataStall):
                 _end_without_waiting(status)
             return status
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            return _fail(RuntimeError(f"process {jax.process_index()} lost another process of the run: {error}"))
     return 0
 
 

@@ -6,10 +6,10 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from npedit_jax.compilation import programs
 from npedit_jax.data import questions
 from npedit_jax.training import networks, stages, state
 from npedit_jax.weights import published
@@ -73,30 +73,6 @@ def test_networks_of_a_config_fit_one_another(path):
             assert denoiser.text_width == modules["text_encoder"].decoder.width
 
 
-def _batch(config: ConfigDict, side: tuple[int, int], batch: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of the edit stage or of the warm-up."""
-    edits = config.stage == "npedit"
-    leading = (config.fake_updates + 1, batch) if edits else (batch,)
-    array = lambda shape, dtype: jax.ShapeDtypeStruct((*leading, *shape), dtype)  # noqa: E731
-    text = lambda name, lead=leading: {  # noqa: E731
-        f"{name}_ids": jax.ShapeDtypeStruct((*lead, config.data.text_length), jnp.int32),
-        f"{name}_mask": jax.ShapeDtypeStruct((*lead, config.data.text_length), bool),
-    }
-    found = {"reference": array((*side, 3), jnp.uint8)} | text("caption")
-    if not edits:
-        return found
-    names = ("guidance", "dmd_weight", "identity_weight", "weight")
-    found |= text("instruction") | text("negative", (leading[0], 1)) | {name: array((), jnp.float32) for name in names}
-    found |= {"answer": array((2,), jnp.int32), "question_weight": array((2,), jnp.float32)}
-    packed = config.data.options.get("packed_length", 0)
-    if packed:
-        fields = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index")
-        return found | {name: array((packed,), jnp.int32) for name in fields} | {"answer_place": array((2,), jnp.int32)}
-    asked = array((2, config.data.question_length), jnp.int32)
-    mask = array((2, config.data.question_length), bool)
-    return found | {"question_ids": asked, "image_index": asked, "question_mask": mask}
-
-
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LIKE_ANOTHER else []) for path in EDITS],
@@ -115,8 +91,9 @@ def test_step_of_a_config_has_shapes(path):
     )
     frozen = {name: network.params for name, network in made.items() if name not in rules}
     sides = config.data.buckets if "buckets" in config.data else [(64, 64)]
+    config.batch_size = 2
     step = stages.step(config, {name: network.module for name, network in made.items()})
-    end, metrics = jax.eval_shape(step, start, frozen, _batch(config, sides[-1]), jax.random.key(0))
+    end, metrics = jax.eval_shape(step, start, frozen, programs.batch_shapes(config, sides[-1]), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), end) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
     assert {"loss"} <= metrics.keys() and all(x.shape == () for x in metrics.values())
     trained = sum(x.size for x in jax.tree.leaves(start.params["student"]))

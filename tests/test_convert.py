@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from npedit_jax import convert, weights
+from npedit_jax import convert, parallel, weights
 from npedit_jax.training import networks
 from npedit_jax.weights import converted
 
@@ -39,11 +39,11 @@ def test_converted_network_is_the_same(kind, tmp_path):
 def test_networks_of_a_config_take_a_converted_directory(tmp_path):
     convert.convert("autoencoder", GOLDEN / "B/vae", tmp_path / "new", dtype="bfloat16")
     spec = dict(kind="autoencoder", directory=str(tmp_path / "new"), architecture={}, options=dict(remat="full"))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host")
-    network = networks.create(spec, rng=None, shardings=sharding)
+    mesh = parallel.make_mesh()
+    network = networks.create(spec, rng=None, mesh=mesh)
     assert network.module.remat == "full"
     assert {leaf.dtype for leaf in jax.tree.leaves(network.params)} == {np.dtype(np.float32)}
-    assert {leaf.sharding for leaf in jax.tree.leaves(network.params)} == {sharding}
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(network.params)} == {mesh}
 
 
 SHARDED_READ = """

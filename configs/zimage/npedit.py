@@ -13,7 +13,7 @@ Ablations, each one more option:
   no scorer, no DMD     --config.step.scorer_weight=0.0    --config.step.dmd_weight=0.0 --config.fake_updates=0
   one step unrolled     --config.step.max_unroll=1
   decoupled DMD         --config.step.decoupled=True
-  one program an update --config.separate_steps=True
+  one program of all    --config.separate_steps=False
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,7 @@ EDIT_TYPES = ("local_color_change", "texture", "shape_change", "insertion", "rep
               "action", "text")  # fmt: skip
 STRONG = ("remove", "shape_change", "style", "action")  # edits that need a strong push away from the reference
 NOTHING = 0.01
+FLASH = dict(implementation="splash")  # TPU; "cudnn" on a GPU, "xla" anywhere
 
 
 def get_config() -> ConfigDict:
@@ -35,16 +36,17 @@ def get_config() -> ConfigDict:
     config.steps = 10_000  # a budget of ours: neither source states one that applies to another batch size
     config.batch_size = 64  # over all chips, one each on a v5p:4x4x4; the release: 1 per device
     config.fake_updates = 5  # per student update, the release's; the paper: 10
-    config.separate_steps = False
+    config.separate_steps = True  # a program per update and length: each compiles in minutes and needs less memory
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
     config.networks.autoencoder = network("autoencoder", "weights/Z-Image/vae", dtype="float32", remat="full")
     config.networks.text_encoder = frozen("qwen3", "weights/Z-Image/text_encoder")
-    config.networks.real_score = frozen("zimage", "weights/Z-Image/transformer")
+    config.networks.real_score = frozen("zimage", "weights/Z-Image/transformer", **FLASH)
     # Trained parameters stay in float32; the release's are bfloat16, where an update of this rate is rounded away.
-    config.networks.fake_score = network("zimage", "weights/Z-Image/transformer", dtype="bfloat16", remat="full")
-    config.networks.student = network("zimage", "weights/warmed-up/Z-Image/transformer", dtype="bfloat16", remat="full")
+    trained = dict(dtype="bfloat16", remat="full", **FLASH)
+    config.networks.fake_score = network("zimage", "weights/Z-Image/transformer", **trained)
+    config.networks.student = network("zimage", "weights/warmed-up/Z-Image/transformer", **trained)
     config.networks.scorer = frozen("internvl", "weights/InternVL3-14B", remat="full")
     config.data = data()
     config.step = ConfigDict(
@@ -86,10 +88,12 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(dict(student=adam, fake_score=adam))
     config.sampling = ConfigDict(dict(times=TIMES, sampler="ddim", eta=1.0))
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # docs/pods.md: which sizes for which pod
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=250, keep=3))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=10, preview_every=250))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))
     return config
 
 

@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     config.networks.autoencoder = npedit.network("autoencoder", "weights/Z-Image/vae", dtype="float32")
     config.networks.text_encoder = npedit.frozen("qwen3", "weights/Z-Image/text_encoder")
     # Parameters in float32; the release's are bfloat16.
-    config.networks.student = npedit.network("zimage", "weights/Z-Image/transformer", dtype="bfloat16", remat="full")
+    trained = dict(dtype="bfloat16", remat="full", **npedit.FLASH)
+    config.networks.student = npedit.network("zimage", "weights/Z-Image/transformer", **trained)
     config.data = ConfigDict(
         dict(
             records="records/edits",
@@ -57,5 +58,6 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.checkpoint = ConfigDict(dict(every=250, keep=3))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=10, preview_every=250))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))
     return config

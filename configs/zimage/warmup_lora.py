@@ -16,7 +16,7 @@ LEARNING_RATE = 1e-4  # five times the full run's: adapters start at zero and ar
 def get_config() -> ConfigDict:
     """Returns the experiment."""
     config = warmup.get_config()
-    config.networks.base = npedit.frozen("zimage", "weights/Z-Image/transformer")
+    config.networks.base = npedit.frozen("zimage", "weights/Z-Image/transformer", **npedit.FLASH)
     config.lora = ConfigDict(LORA | dict(base=dict(student="base"), start=dict(student="")))
     config.optimizer.student.learning_rate = LEARNING_RATE
     config.optimizer.student.final_learning_rate = LEARNING_RATE / 20

@@ -53,12 +53,11 @@ def batches(streams: Mapping[str, tuple[float, Draw]], images: int, feed: Feed) 
         for name, (_, draw) in streams.items()
     ]
     order = Interleave([weight for weight, _ in streams.values()], feed.seed)
-    mixed = grain.MapDataset.select_from_datasets(parts, order)
-    number, hosts = feed.host
+    mixed = grain.MapDataset.select_from_datasets(parts, HostShare(order, feed))
     inner = max(1, feed.inner_batches)
     leading = (inner, feed.batch_size) if feed.inner_batches else (feed.batch_size,)
     stack = functools.partial(_stack, leading=leading)
-    return mixed[number::hosts].batch(inner * feed.batch_size, drop_remainder=True, batch_fn=stack)
+    return mixed.batch(inner * feed.batch_size, drop_remainder=True, batch_fn=stack)
 
 
 def iterate(dataset: grain.MapDataset, *, threads: int = 1, buffer: int = 4) -> grain.DatasetIterator:
@@ -151,6 +150,24 @@ class Interleave(grain.transforms.DatasetSelectionMap):
         streams = np.random.default_rng([self._seed, period]).permutation(streams).tolist()
         ranks = [iter(range(count)) for count in self._counts]
         return [(stream, next(ranks[stream])) for stream in streams]
+
+
+class HostShare(grain.transforms.DatasetSelectionMap):
+    """A host's part of a global order: of every batch over all hosts, B places in a row.
+
+    A sample so stands at the same place of the global batch whatever the number of hosts.
+    """
+
+    def __init__(self, order: grain.transforms.DatasetSelectionMap, feed: Feed):
+        self._order, self._size = order, feed.batch_size
+        self._number, self._hosts = feed.host
+
+    def __len__(self) -> int:
+        return len(self._order) // self._hosts
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, place = divmod(index, self._size)
+        return self._order[(batch * self._hosts + self._number) * self._size + place]
 
 
 def _repeat_first(rows: np.ndarray, times: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from npedit_jax import parallel
 from npedit_jax.models.layers import REMAT_POLICIES, attention
 
 EPSILON = 1e-6
@@ -60,6 +61,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        x_BHWC = parallel.constrain_batch(x_BHWC)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y_BHWC = nn.silu(GroupNorm(self.groups, name="norm_1", **types)(x_BHWC))
         y_BHWC = nn.Conv(self.features, (3, 3), name="conv_1", **types)(y_BHWC)

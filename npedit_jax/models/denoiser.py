@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from npedit_jax import parallel
 from npedit_jax.models import layers, lora, positions
 
 # Numbers that the original fixes in code, not in its config.
@@ -106,6 +107,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BSD: jax.Array, rotation: positions.Rotation, mask_B11S: jax.Array | None, time_BTE: jax.Array | None
     ) -> tuple[jax.Array, None]:
+        x_BSD = parallel.constrain_batch(x_BSD)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = Attention(self.heads, self.implementation, name="attention", **types)
         mlp = MLP(name="mlp", **types)

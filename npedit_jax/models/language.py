@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from npedit_jax import parallel
 from npedit_jax.models import layers
+
+CHUNK_PARAMETERS = 2**26  # of a vocabulary's matrix used at a time, see `_vocabulary_product`
 
 
 def token_positions(mask_BS: jax.Array) -> jax.Array:
@@ -133,6 +136,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BSD: jax.Array, tables: tuple[jax.Array, jax.Array], mask_BSS: jax.Array
     ) -> tuple[jax.Array, None]:
+        x_BSD = parallel.constrain_batch(x_BSD)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = Attention(
             heads=self.heads,
@@ -211,11 +215,14 @@ class Decoder(nn.Module):
         if self.final_norm:
             self.norm = layers.RMSNorm(self.epsilon, **types)
         if not self.tied_embeddings:
-            self.unembedding = nn.Dense(self.vocabulary, use_bias=False, dot_general=_float32_product, **types)
+            self.unembedding = nn.Dense(self.vocabulary, use_bias=False, dot_general=_vocabulary_product, **types)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
-        """Token ids [...] -> embeddings [..., D] in `dtype`."""
-        return self.embedding(token_ids)
+        """Token ids [B, S] -> embeddings [B, S, D] in `dtype`."""
+        # Each device looks all ids up in its columns of the table, then samples and columns change places: without the
+        # first line XLA gathers the table.
+        x_BSD = parallel.constrain(self.embedding(token_ids), None, None, parallel.SPLIT)
+        return parallel.constrain_batch(x_BSD)
 
     def __call__(self, embeddings_BSD: jax.Array, positions_BS: jax.Array, mask_BSS: jax.Array) -> jax.Array:
         """Runs the layers.
@@ -237,13 +244,35 @@ class Decoder(nn.Module):
         if not self.tied_embeddings:
             return self.unembedding(hidden)
         table_VD = self.embedding.embedding.astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table_VD, preferred_element_type=jnp.float32)
+        hidden = hidden.astype(self.dtype)
+        return _vocabulary_product(hidden, table_VD, (((hidden.ndim - 1,), (1,)), ((), ())))
 
 
-def _float32_product(left, right, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:
-    """`jax.lax.dot_general` that accumulates into and returns float32 whatever the operands are."""
+def _vocabulary_product(left, right, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:
+    """`jax.lax.dot_general` of hidden states and a matrix of a vocabulary, in float32 whatever the operands are.
+
+    A large matrix is taken some columns at a time: a device that holds a part of it then never gathers all of it.
+    """
     del preferred_element_type
-    return jax.lax.dot_general(left, right, dimension_numbers, precision, preferred_element_type=jnp.float32)
+    product = lambda right: jax.lax.dot_general(  # noqa: E731
+        left, right, dimension_numbers, precision, preferred_element_type=jnp.float32
+    )
+    ((_, (width_axis,)), _) = dimension_numbers
+    axis = 1 - width_axis
+    vocabulary = right.shape[axis]
+    chunks = -(-right.size // CHUNK_PARAMETERS)
+    if chunks == 1:
+        return product(right)
+    size = -(-vocabulary // chunks)
+
+    def add_columns(logits: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        # The last columns are those up to the end: what two chunks share is computed twice, to the same numbers.
+        start = jnp.minimum(number * size, vocabulary - size)
+        columns = product(jax.lax.dynamic_slice_in_dim(right, start, size, axis))
+        return jax.lax.dynamic_update_slice_in_dim(logits, columns, start, logits.ndim - 1), None
+
+    logits = jnp.zeros((*left.shape[:-1], vocabulary), jnp.float32)
+    return jax.lax.scan(jax.checkpoint(add_columns), logits, jnp.arange(chunks))[0]
 
 
 class TextEncoder(nn.Module):

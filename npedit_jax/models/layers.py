@@ -6,15 +6,38 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 
-from npedit_jax.models import chunked_attention
+from npedit_jax.models import chunked_attention, flash_attention
 
-# What the backward pass may keep of a block's forward pass instead of computing it again, by the name used in configs.
+_policies = jax.checkpoint_policies
+_NAMES = (flash_attention.NAME,)
+# What the backward pass may keep of a block's forward pass instead of computing it again, by the name used in configs,
+# from least memory to most.
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    # What attention gave, in the host's memory.
+    "attention_offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(_NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    # What attention gave: its scores are computed once.
+    "attention": _policies.save_only_these_names(*_NAMES),
+    # The products with parameters.
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    # Both: only what is cheap is computed again.
+    "dots_attention": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*_NAMES)
+    ),
+    # All products, those of attention too, as large as its scores.
+    "dots": _policies.dots_saveable,
 }
+# Tokens. From FLASH_LENGTH on a flash kernel is worth its set-up; at LONG the scores of 30 heads would take over 2 GB a
+# sample, and the plain form takes some queries at a time.
+FLASH_LENGTH, LONG = 1024, 4096
+IMPLEMENTATIONS = ("xla", "splash", "cudnn", "chunked")
 
 
 class RMSNorm(nn.Module):
@@ -48,15 +71,30 @@ def attention(
 
     Args:
       mask: bool, True where a query may look, broadcastable to [B, K, S, T]; None lets every query see every key.
-      implementation: "xla" or "cudnn" (`jax.nn.dot_product_attention`), or "chunked": for long sequences on a CPU, and
-        masks that are the same for all heads (`chunked_attention`).
+      implementation: "xla", the plain form; "splash" (`flash_attention`, TPU) or "cudnn" (`jax.nn`, NVIDIA GPU), a
+        flash kernel for `FLASH_LENGTH` keys and more, heads whose width it takes and, for "splash", masks that are the
+        same for all queries and heads, and the plain form for all else; "chunked", some queries at a time
+        (`chunked_attention`): for a CPU, and the plain form of `LONG` keys and more, with a mask that is the same for
+        all heads.
 
     Returns:
-      [B, S, K, A] in the dtype of `q_BSKA`. A query whose mask is False everywhere gets a uniform average: finite.
+      [B, S, K, A] in the dtype of `q_BSKA`. A query whose mask is False everywhere gets finite values.
+
+    Raises:
+      ValueError: the implementation has no such name.
     """
-    if implementation == "chunked":
-        return chunked_attention.attention(q_BSKA, k_BTGA, v_BTGA, mask)
-    return jax.nn.dot_product_attention(q_BSKA, k_BTGA, v_BTGA, mask=mask, implementation=implementation)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {implementation!r}; choose one of {list(IMPLEMENTATIONS)}")
+    keys, width = k_BTGA.shape[1], k_BTGA.shape[3]
+    same_for_queries = mask is None or mask.shape[1:3] == (1, 1)
+    if implementation == "splash" and keys >= FLASH_LENGTH and width % flash_attention.LANES == 0 and same_for_queries:
+        return flash_attention.attention(q_BSKA, k_BTGA, v_BTGA, None if mask is None else mask[:, 0, 0])
+    if implementation == "chunked" or (implementation != "cudnn" and keys >= LONG):
+        x_BSKA = chunked_attention.attention(q_BSKA, k_BTGA, v_BTGA, mask)
+    else:
+        kernel = "cudnn" if implementation == "cudnn" and keys >= FLASH_LENGTH else "xla"
+        x_BSKA = jax.nn.dot_product_attention(q_BSKA, k_BTGA, v_BTGA, mask=mask, implementation=kernel)
+    return ad_checkpoint.checkpoint_name(x_BSKA, flash_attention.NAME)
 
 
 def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:

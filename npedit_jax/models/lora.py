@@ -108,6 +108,11 @@ def variables(base: Params, adapters: Adapters, alpha: float) -> Variables:
     return {"params": jax.lax.stop_gradient(base), COLLECTION: scaled(adapters, alpha)}
 
 
+def merged(params: Mapping[str, Params], adapted: Mapping[str, Adapted]) -> dict[str, Params]:
+    """Parameters of all networks by name, those of adapted ones (given as their adapters) whole: base and adapters."""
+    return {**params} | {name: merge(params[a.base], params[name], a.alpha) for name, a in adapted.items()}
+
+
 def merge(base: Params, adapters: Adapters, alpha: float) -> Params:
     """Parameters of a network without adapters that computes the same: `W + scale A B`, in W's type.
 

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from npedit_jax import parallel
 from npedit_jax.models import any_resolution, image_preparation
 from npedit_jax.models.language import Decoder, causal_mask, token_positions
 from npedit_jax.models.vision import VisionTransformer
@@ -162,7 +163,8 @@ class Scorer(nn.Module):
     def encode_prepared(self, pixels_BIHWC: jax.Array) -> jax.Array:
         """Makes the image table of pixels that are normalised and of the tower's size already, as `encode_images`."""
         batch, images = pixels_BIHWC.shape[:2]
-        table = self.projector(self.vision(pixels_BIHWC.reshape(batch * images, *pixels_BIHWC.shape[2:])))
+        pixels = parallel.constrain_batch(pixels_BIHWC.reshape(batch * images, *pixels_BIHWC.shape[2:]))
+        table = parallel.constrain_batch(self.projector(self.vision(pixels)))
         return table.reshape(batch, images * table.shape[1], table.shape[2])
 
     def encode_tiles(self, tiles: list[jax.Array], image_sizes: list[tuple[int, int]]) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from npedit_jax import parallel
 from npedit_jax.models import layers
 
 ACTIVATIONS = {
@@ -111,6 +112,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> tuple[jax.Array, None]:
+        x_BND = parallel.constrain_batch(x_BND)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = Attention(
             self.heads, self.epsilon, self.qkv_bias, self.qk_norm, self.implementation, name="attention", **types

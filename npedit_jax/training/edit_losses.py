@@ -56,6 +56,11 @@ class EditSettings:
     skip_norm: float = 300.0
     frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps that the unroll may have."""
+        return (1,) if self.max_unroll == 1 or len(self.times) == 1 else (1, 2)
+
 
 class StudentDraws(NamedTuple):
     """What one student sample needs: the start, and the second step's time and noise."""
@@ -111,7 +116,7 @@ def draw(
 
 def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
     """One draw per outer step: whether the unroll has a second step, with probability (K - 1) / K."""
-    if settings.max_unroll == 1 or len(settings.times) == 1:
+    if settings.lengths == (1,):
         return jnp.asarray(False)
     return jax.random.uniform(rng) >= 1.0 / len(settings.times)
 
@@ -120,11 +125,14 @@ def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> 
     """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
     pixels = to_pixels(batch["reference"])
     reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
-    texts = (
-        encode_text(modules, frozen, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
-        for kind in ("instruction", "caption", "negative")
+    # One call for both texts of a sample: the encoder is compiled once for them.
+    ids, mask = (
+        jnp.concatenate([batch[f"{kind}_{part}"] for kind in ("instruction", "caption")]) for part in ("ids", "mask")
     )
-    return jax.lax.stop_gradient(Conditions(pixels, reference, *texts))
+    both = encode_text(modules, frozen, ids, mask)
+    instruction, caption = zip(*(jnp.split(x, 2) for x in both), strict=True)
+    negative = encode_text(modules, frozen, batch["negative_ids"], batch["negative_mask"])
+    return jax.lax.stop_gradient(Conditions(pixels, reference, instruction, caption, negative))
 
 
 def edit(modules: Modules, student: Variables, given: Conditions, draws: StudentDraws, *, two_steps: bool) -> jax.Array:

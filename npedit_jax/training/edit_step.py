@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from npedit_jax import parallel
 from npedit_jax.models import lora
 from npedit_jax.training import state as states
 from npedit_jax.training.edit_losses import (
@@ -118,28 +119,43 @@ def outer_step(updates: Updates) -> Step:
     return step
 
 
-def separate_steps(updates: Updates) -> Step:
+def parts(updates: Updates) -> dict[str, Step]:
+    """Each update, for each length of the unroll, as a step of its own on one inner batch: "fake_score/2", ..."""
+    both = {"fake_score": updates.fake_score, "student": updates.student}
+    return {
+        f"{name}/{length}": functools.partial(update, two_steps=length == 2)
+        for name, update in both.items()
+        for length in updates.settings.lengths
+    }
+
+
+def separate_steps(programs: Mapping[str, Step], settings: EditSettings) -> Step:
     """The same outer step as a program per update, for devices on which one program of all is too large.
 
-    The result is not to be compiled as a whole: it compiles each update, and each length of the unroll, by itself, and
-    takes the state over (its buffers are donated). The same draws are made as in `outer_step`.
+    The result is not to be compiled as a whole. The same draws are made as in `outer_step`.
+
+    Args:
+      programs: `parts`, compiled.
     """
-    fake_update, student_update = (
-        jax.jit(update, static_argnames="two_steps", donate_argnums=0)
-        for update in (updates.fake_score, updates.student)
-    )
+    take_apart = jax.jit(functools.partial(_take_apart, settings=settings))
 
     def step(state, frozen, batches, rng):
-        two_steps, rngs = _split(rng, batches, updates.settings)
-        two_steps = bool(jax.device_get(two_steps))
-        take = lambda number: jax.tree.map(lambda x: x[number], batches)  # noqa: E731
+        two_steps, items = take_apart(rng, batches)
+        length = 1 + int(jax.device_get(two_steps))
         metrics = {}
-        for number in range(len(rngs) - 1):
-            state, metrics = fake_update(state, frozen, take(number), rngs[number], two_steps=two_steps)
-        state, student_metrics = student_update(state, frozen, take(-1), rngs[-1], two_steps=two_steps)
+        for batch, key in items[:-1]:
+            state, metrics = programs[f"fake_score/{length}"](state, frozen, batch, key)
+        state, student_metrics = programs[f"student/{length}"](state, frozen, *items[-1])
         return state, student_metrics | metrics
 
     return step
+
+
+def _take_apart(rng: jax.Array, batches: Batch, settings: EditSettings) -> tuple[jax.Array, list[tuple[Batch, Any]]]:
+    """The length of the unroll, and each inner batch with its key."""
+    two_steps, rngs = _split(rng, batches, settings)
+    take = lambda number: jax.tree.map(lambda x: parallel.constrain_batch(x[number]), batches)  # noqa: E731
+    return two_steps, [(take(number), rngs[number]) for number in range(len(rngs))]
 
 
 def _split(rng: jax.Array, batches: Batch, settings: EditSettings) -> tuple[jax.Array, jax.Array]:

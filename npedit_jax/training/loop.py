@@ -1,12 +1,12 @@
 """The loop that every stage runs in: feed, step, log, save."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -20,6 +20,7 @@ from npedit_jax.training.watched import Watched
 
 GUARD = ml_collections.FrozenConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))  # where there is none
 Pending = tuple[int, dict[str, jax.Array], dict[str, float]] | None
+Preview = Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None]
 
 
 def run(
@@ -27,7 +28,7 @@ def run(
     stage: stages.Stage,
     workdir: epath.PathLike,
     *,
-    preview: Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None] | None = None,
+    preview: Preview | None = None,
 ) -> state.TrainState:
     """Trains the stage built from `config` up to `config.steps`, from the newest checkpoint where there is one.
 
@@ -38,15 +39,19 @@ def run(
       The final state.
 
     Raises:
-      Stopped: a signal asked for it; the run has saved.
+      Stopped: a signal asked for it, on any host; the run has saved.
       RunFault: it cannot go on; the checkpoints are whole.
     """
-    mesh = parallel.make_mesh(**config.mesh.to_dict())
-    train_state = parallel.put_replicated(state.create(stage.trained(), stage.rules, stage.averaged), mesh)
-    frozen = parallel.put_replicated(stage.frozen(), mesh)
+    with jax.set_mesh(stage.mesh):
+        return _run(config, stage, workdir, preview)
+
+
+def _run(
+    config: ml_collections.ConfigDict, stage: stages.Stage, workdir: epath.PathLike, preview: Preview | None
+) -> state.TrainState:
+    train_state, frozen = stage.start(), stage.frozen()
     guard = config.guard if "guard" in config else GUARD
     batches = Watched(iterate(stage.dataset), guard.data_seconds)
-
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     start, found = 0, checkpoints.newest(lambda step: checkpoints.restore(step, train_state))
     if found:
@@ -54,46 +59,69 @@ def run(
         batches.set_state(position)
         logging.info("resumed from step %d", start)
     limit = SkipLimit(guard.skipped_share, guard.window, stage.updates(), start, jax.device_get(train_state.skipped))
-    log = telemetry.MetricsLog(workdir, restored_step=start)
+    meter = telemetry.Meter(workdir, start, stages.work(config, stage))
+    wandb_project = config.log.wandb_project if "wandb_project" in config.log else ""
+    log = telemetry.MetricsLog(workdir, restored_step=start, wandb_project=wandb_project)
+    profiler = telemetry.Profiler(workdir, config.log.profile_steps if "profile_steps" in config.log else ())
 
-    step_function = stage.program()
-    _, base_rng = jax.random.split(jax.random.key(config.seed))  # the other half made the initial weights
+    keys = _StepKeys(config.seed, stage.mesh)
     pending: Pending = None
+    stopped = False
     with (
         telemetry.progress(config.steps, start, config.stage) as bar,
         stopping.StopRequest() as stop,
-        _closing(log, checkpoints, batches),
+        _closing(log, checkpoints, batches, profiler),
     ):
         for step in range(start + 1, config.steps + 1):
-            started = time.monotonic()
-            batch = parallel.put_batch(next(batches), mesh, leading_axes=1 if stage.inner_batches else 0)
-            fed = time.monotonic()
-            train_state, metrics = step_function(train_state, frozen, batch, jax.random.fold_in(base_rng, step))
+            profiler.before(step)
+            with meter.data():
+                host_batch = next(batches)
+            # What is moved to a device is moved by name: a hidden transfer every step would go unnoticed.
+            with jax.transfer_guard("disallow"):
+                batch = parallel.put_batch(host_batch, stage.mesh, leading_axes=1 if stage.inner_batches else 0)
+                train_state, metrics = stage.step(train_state, frozen, batch, keys(step))
+            meter.count()
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, limit, pending)
             if step % config.log.every == 0 or step == config.steps:
-                pending = (step, metrics, {"time/data": fed - started, "time/clock": time.time()})
+                pending = (step, metrics, meter.read())
+            profiler.after(step, metrics)
             bar.update()
-            if jax.process_count() == 1:  # several have JAX's own notice
-                stop.listen()
-            last = step == config.steps or stop.signal is not None
-            if checkpoints.due(step) or last:
-                pending = _log(log, bar, limit, pending)
-                log.flush()
-                checkpoints.save(step, train_state, batches.get_state(), force=last)
-            if preview and (step % config.log.preview_every == 0 or step == config.steps):
-                preview(stage, train_state, frozen, step)
+            stopped = stop.asked_for(step)
+            last = step == config.steps or stopped
+            with meter.apart():
+                if checkpoints.due(step) or last:
+                    pending = _log(log, bar, limit, pending)
+                    log.flush()
+                    checkpoints.save(step, train_state, batches.get_state(), force=last)
+                if preview and (step % config.log.preview_every == 0 or step == config.steps):
+                    preview(stage, train_state, frozen, step)
             if last:
                 break
         # Within: a signal that comes while the last checkpoint is being written changes nothing.
         checkpoints.close()
-    if stop.signal is not None and step < config.steps:
+    if stopped and step < config.steps:
         raise stopping.Stopped(step, stop.signal)
     return train_state
 
 
+class _StepKeys:
+    """The random key of each step, on every device."""
+
+    def __init__(self, seed: int, mesh: jax.sharding.Mesh):
+        # Half of the seed's key made the initial weights.
+        make = lambda number: jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)  # noqa: E731
+        self._place = parallel.replicated(mesh)
+        self._make = jax.jit(make, out_shardings=self._place)
+
+    def __call__(self, step: int) -> jax.Array:
+        return self._make(parallel.put(np.uint32(step), self._place))
+
+
 @contextlib.contextmanager
-def _closing(log: telemetry.MetricsLog, checkpoints: Checkpoints, batches: Watched) -> Iterator[None]:
+def _closing(
+    log: telemetry.MetricsLog, checkpoints: Checkpoints, batches: Watched, profiler: telemetry.Profiler
+) -> Iterator[None]:
     """Lets what is under way come to its end, also where the run ends with a fault."""
     try:
         yield
@@ -104,6 +132,7 @@ def _closing(log: telemetry.MetricsLog, checkpoints: Checkpoints, batches: Watch
         raise
     finally:
         batches.close()
+        profiler.close()
     log.close()
 
 

@@ -1,5 +1,6 @@
 """The networks of a run, from a config's `networks`: built and initialised, or loaded with their weights."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,12 +8,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from npedit_jax import weights
+from npedit_jax import parallel, weights
 from npedit_jax.models import lora
 from npedit_jax.weights import adapters, kinds, published
-from npedit_jax.weights.loading import Shardings, read_config
+from npedit_jax.weights.loading import read_config
 
 PACKAGE = "package:"
 
@@ -31,15 +34,23 @@ def resolve(directory: str) -> epath.Path:
     return epath.Path(directory)
 
 
-def initialise(kind: str, module: nn.Module, rng: jax.Array) -> Any:
-    """Fresh parameters of a module."""
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in kinds.example_inputs(kind, module)]
-    return jax.jit(module.init)(rng, *inputs)["params"]
+def initialise(kind: str, module: nn.Module, rng: jax.Array, mesh: Mesh | None = None) -> Any:
+    """Fresh parameters of a module, each part computed on the device of `mesh` that holds it."""
+
+    def make(rng):
+        inputs = [jnp.zeros(x.shape, x.dtype) for x in kinds.example_inputs(kind, module)]
+        return module.init(rng, *inputs)["params"]
+
+    return parallel.place(make, _shardings(kind, module, mesh), rng)
 
 
 def shapes(kind: str, module: nn.Module) -> Any:
     """The tree of a module's parameters, shapes only."""
     return jax.eval_shape(module.init, jax.random.key(0), *kinds.example_inputs(kind, module))["params"]
+
+
+def _shardings(kind: str, module: nn.Module, mesh: Mesh | None) -> Any:
+    return None if mesh is None else parallel.parameter_shardings(mesh, shapes(kind, module))
 
 
 def module_of(spec: Mapping[str, Any]) -> nn.Module:
@@ -66,7 +77,7 @@ def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create(
-    spec: Mapping[str, Any], rng: jax.Array | None, dtype: str | None = "float32", shardings: Shardings = None
+    spec: Mapping[str, Any], rng: jax.Array | None, dtype: str | None = "float32", mesh: Mesh | None = None
 ) -> Network:
     """Makes one network of a config.
 
@@ -77,7 +88,7 @@ def create(
         implementation).
       rng: for fresh weights.
       dtype: of loaded weights, None for as they are stored.
-      shardings: where loaded weights go, see `weights.load`.
+      mesh: over whose devices the parameters are spread, as `parallel.TABLE` says; None is the default device.
 
     Raises:
       ValueError: both or neither of directory and architecture are given.
@@ -90,11 +101,12 @@ def create(
     if directory:
         # The module's own `dtype` is that of its computations, `load`'s that of the weights.
         compute = options.pop("dtype", None)
+        shardings = _shardings(spec["kind"], module_of(spec), mesh)
         return Network(
             *weights.load(spec["kind"], resolve(directory), dtype, shardings, compute_dtype=compute, **options)
         )
     module = module_of(spec)
-    return Network(module, initialise(spec["kind"], module, rng))
+    return Network(module, initialise(spec["kind"], module, rng, mesh))
 
 
 def adapt(
@@ -106,6 +118,7 @@ def adapt(
     alpha: float,
     targets: Sequence[str],
     start: str,
+    mesh: Mesh | None = None,
 ) -> Network:
     """Makes a network of which adapters are trained: a module, and the adapters in the place of parameters.
 
@@ -115,6 +128,7 @@ def adapt(
       rng: for fresh adapters.
       rank, alpha, targets: of the adapters, see `lora.create` and `lora.scaled`.
       start: directory of adapters to start from, as `weights.adapters` writes them; "" for fresh ones.
+      mesh: as in `create`.
 
     Raises:
       ValueError: another directory or architecture than the base's, or adapters that do not fit.
@@ -127,10 +141,14 @@ def adapt(
                 "base; give both the same"
             )
     module = module_of(spec)
-    made = lora.create(rng, shapes(spec["kind"], module), rank=rank, patterns=targets)
-    if start:
-        made = adapters.load(resolve(start), spec["kind"], module, like=made, alpha=alpha)
-    return Network(module, made)
+    fresh = functools.partial(lora.create, base=shapes(spec["kind"], module), rank=rank, patterns=targets)
+    shapes_of_fresh = jax.eval_shape(fresh, rng)
+    shardings = None if mesh is None else parallel.parameter_shardings(mesh, shapes_of_fresh)
+    if not start:
+        return Network(module, parallel.place(fresh, shardings, rng))
+    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of_fresh)
+    made = adapters.load(resolve(start), spec["kind"], module, like=like, alpha=alpha)
+    return Network(module, made if mesh is None else parallel.put(made, shardings))
 
 
 def plain(config: Any) -> Any:

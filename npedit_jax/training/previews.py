@@ -1,17 +1,20 @@
 """PNG grids that show what a run makes while it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from PIL import Image
 
-from npedit_jax import sampling
+from npedit_jax import parallel, sampling
+from npedit_jax.models import lora
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import stages
+from npedit_jax.training.stages import Modules
 from npedit_jax.training.state import TrainState
 
 COLUMNS = 8
@@ -35,37 +38,61 @@ class Previews:
     def __init__(self, config: ml_collections.ConfigDict, workdir: epath.PathLike):
         self._config = config
         self._directory = epath.Path(workdir) / "samples"
-        self._make: Callable | None = None
+        self._program: Callable | None = None
 
     def __call__(self, stage: stages.Stage, state: TrainState, frozen: dict[str, Any], step: int) -> None:
-        """Draws one grid; the scorer's stage has no pictures."""
-        if self._config.stage not in PREVIEWS or jax.process_index() != 0:
+        """Draws one grid, on all processes together; the scorer's stage has no pictures."""
+        if self._config.stage not in PREVIEWS:
             return
-        if self._make is None:
-            self._batch = first_batch(stage)
-            make = PREVIEWS[self._config.stage](stage, self._config)
-            self._make = jax.jit(lambda params, *rest: make(stage.merged(params), *rest))
-        rows = self._make({**frozen, **state.ema}, self._batch, jax.random.key(0))
+        if self._program is None:
+            modules = {name: network.module for name, network in stage.networks.items()}
+            self._batch = parallel.put_batch(first_batch(stage), stage.mesh)
+            self._key = parallel.place(lambda: jax.random.key(0), parallel.replicated(stage.mesh))
+            self._program = program(self._config, modules, stage.adapted, stage.mesh)
+        rows = jax.device_get(self._program({**frozen, **state.ema}, self._batch, self._key))
+        if jax.process_index() != 0:
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"step-{step:07d}.png").open("wb") as file:
-            grid([np.asarray(to_uint8(row)) for row in rows]).save(file, format="PNG")
+            grid([row[:COLUMNS] for row in rows]).save(file, format="PNG")
+
+
+def program(
+    config: ml_collections.ConfigDict, modules: Modules, adapted: Mapping[str, lora.Adapted], mesh: Mesh
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """`function`, compiled; every process gets all pictures."""
+    return jax.jit(function(config, modules, adapted), out_shardings=parallel.replicated(mesh))
+
+
+def function(
+    config: ml_collections.ConfigDict, modules: Modules, adapted: Mapping[str, lora.Adapted]
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """What makes a stage's pictures, as `(parameters of all networks, batch, rng) -> rows` of uint8 [B, H, W, 3].
+
+    Of adapted networks the parameters are the adapters.
+    """
+    make = PREVIEWS[config.stage](modules, config)
+
+    def rows(params, batch, rng):
+        params = parallel.on_devices(params)
+        return tuple(to_uint8(row) for row in make(lora.merged(params, adapted), batch, rng))
+
+    return rows
 
 
 def first_batch(stage: stages.Stage) -> dict[str, np.ndarray]:
-    """The first samples of the stage's data, without an axis of inner batches."""
+    """This host's first samples of the stage's data, without an axis of inner batches."""
     batch = stage.dataset[0]
     if stage.inner_batches:
         batch = {name: value[0] for name, value in batch.items()}
-    return {name: value[:COLUMNS] for name, value in batch.items()}
+    # One device needs no more samples than are shown; several need a sample each.
+    kept = COLUMNS if stage.mesh.size == 1 else None
+    return {name: value[:kept] for name, value in batch.items()}
 
 
-def _modules(stage: stages.Stage) -> dict[str, Any]:
-    return {name: network.module for name, network in stage.networks.items()}
-
-
-def _autoencoder(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
+def _autoencoder(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
     """Images, and what the autoencoder makes of them."""
-    module = stage.networks["autoencoder"].module
+    module = modules["autoencoder"]
 
     def rows(params, batch, rng):
         pixels = to_pixels(batch["image"])
@@ -74,9 +101,8 @@ def _autoencoder(stage: stages.Stage, config: ml_collections.ConfigDict) -> Call
     return rows
 
 
-def _base(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
+def _base(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
     """Images, and what the base model draws from their captions."""
-    modules = _modules(stage)
     settings = config.sampling
 
     def rows(params, batch, rng):
@@ -103,9 +129,8 @@ def _base(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
     return rows
 
 
-def _editor(stage: stages.Stage, config: ml_collections.ConfigDict) -> Callable:
+def _editor(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
     """References, and the student's edits of them by the batch's instructions (its captions in the warm-up)."""
-    modules = _modules(stage)
     settings = config.sampling
 
     def rows(params, batch, rng):

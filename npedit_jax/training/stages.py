@@ -9,18 +9,22 @@ import flax.linen as nn
 import grain
 import jax
 import ml_collections
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from npedit_jax import chips, flops, parallel
 from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
 from npedit_jax.data.batches import Feed
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.models import lora
-from npedit_jax.training import edit_step, networks, optimizer, steps
+from npedit_jax.training import edit_step, networks, optimizer, state, steps, telemetry
 from npedit_jax.training.edit_losses import EditSettings
 from npedit_jax.training.networks import Network
 
 Config = ml_collections.ConfigDict
 Modules = Mapping[str, nn.Module]
+PATCH = 16  # pixels along the side of what the denoiser takes as a token, for the count of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,42 +35,43 @@ class Stage:
       networks: all of them, by name; those among `rules` are trained.
       rules: the optimizer of each trained network.
       averaged: trained networks of which an average is kept.
-      step: pure function `(state, frozen, batch, rng) -> (state, metrics)`.
-      dataset: batches as dictionaries of numpy arrays.
+      mesh: the devices that the parameters are spread over.
+      step: `(state, frozen, batch, rng) -> (state, metrics)`, compiled; it takes the state over.
+      dataset: this host's share of each batch, as dictionaries of numpy arrays.
       inner_batches: batches have this leading axis before the batch axis; 0 for none.
       adapted: networks of which only adapters are trained: adapters stand in the place of their parameters.
-      compiled: the step compiles its own programs and is not to be compiled as a whole.
+      offload: what lies in the hosts' memory between programs, see `offload`.
     """
 
     networks: Mapping[str, Network]
     rules: Mapping[str, optax.GradientTransformation]
     averaged: tuple[str, ...]
+    mesh: Mesh
     step: steps.Step
     dataset: grain.MapDataset
     inner_batches: int = 0
     adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
-    compiled: bool = False
+    offload: tuple[str, ...] = ()
 
-    def trained(self) -> dict[str, Any]:
-        """Initial parameters of the trained networks."""
-        return {name: self.networks[name].params for name in self.rules}
+    def start(self) -> state.TrainState:
+        """The state at step 0, which takes the initial parameters over."""
+        params = {name: self.networks[name].params for name in self.rules}
+        create = functools.partial(state.create, rules=self.rules, averaged=self.averaged)
+        shardings = state_shardings(self.mesh, jax.eval_shape(create, params), self.offload)
+        return parallel.place(create, shardings, params, donate=(0,))
 
     def frozen(self) -> dict[str, Any]:
-        """Parameters of all others."""
-        return {name: network.params for name, network in self.networks.items() if name not in self.rules}
+        """Parameters of all others, in the place where they lie during the run."""
+        params = {name: network.params for name, network in self.networks.items() if name not in self.rules}
+        return params | {
+            name: jax.device_put(tree, parallel.on_host(jax.tree.map(lambda x: x.sharding, tree)))
+            for name, tree in params.items()
+            if name in self.offload
+        }
 
     def updates(self) -> dict[str, int]:
         """How many updates each trained network gets in a step."""
         return {name: max(1, self.inner_batches - 1) if name == "fake_score" else 1 for name in self.rules}
-
-    def program(self) -> steps.Step:
-        """The step as compiled programs, which take the state over."""
-        return self.step if self.compiled else jax.jit(self.step, donate_argnums=0)
-
-    def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters of all networks by name, with those of adapted ones whole: base and adapters merged."""
-        whole = {name: lora.merge(params[a.base], params[name], a.alpha) for name, a in self.adapted.items()}
-        return {**params, **whole}
 
 
 def build(config: Config) -> Stage:
@@ -76,19 +81,62 @@ def build(config: Config) -> Stage:
       ValueError: unknown stage.
     """
     check(config)
-    made = {name: make() for name, make in _makers(config).items()}
+    mesh = make_mesh(config)
+    made = {name: make() for name, make in _makers(config, mesh).items()}
     modules = {name: network.module for name, network in made.items()}
-    edits = config.stage == "npedit"
     return Stage(
         networks=made,
         rules=rules(config),
-        averaged=("student",) if edits else tuple(config.optimizer),
-        step=step(config, modules),
+        averaged=averaged(config),
+        mesh=mesh,
+        step=compiled_step(config, {name: network.params for name, network in made.items()}, modules, mesh),
         dataset=DATASETS[config.stage](config, modules),
-        inner_batches=config.fake_updates + 1 if edits else 0,
+        inner_batches=inner_batches(config),
         adapted=adapted(config),
-        compiled=edits and _separate(config),
+        offload=offload(config),
     )
+
+
+def offload(config: Config) -> tuple[str, ...]:
+    """What lies in the hosts' memory between programs, and is brought to the devices by those that use it.
+
+    Names of frozen networks, or "optimizer" for the optimizer's state.
+
+    Raises:
+      ValueError: any other name.
+    """
+    names = tuple(config.offload) if "offload" in config else ()
+    frozen = [name for name in config.networks if name not in config.optimizer]
+    if unknown := [name for name in names if name not in ("optimizer", *frozen)]:
+        raise ValueError(f"cannot offload {unknown}; choose among 'optimizer' and the frozen networks {frozen}")
+    return names
+
+
+def state_shardings(mesh: Mesh, start: state.TrainState, offload: Collection[str]) -> state.TrainState:
+    """Where each array of a state lies between programs."""
+    found = state.shardings(mesh, start)
+    return found.replace(optimizer=parallel.on_host(found.optimizer)) if "optimizer" in offload else found
+
+
+def frozen_shardings(mesh: Mesh, frozen: Mapping[str, Any], offload: Collection[str]) -> dict[str, Any]:
+    """Where each frozen parameter lies between programs."""
+    found = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
+    return {name: parallel.on_host(tree) if name in offload else tree for name, tree in found.items()}
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh of a config, over all devices of the job."""
+    return parallel.make_mesh(**config.mesh.to_dict())
+
+
+def averaged(config: Config) -> tuple[str, ...]:
+    """Trained networks of which an average is kept."""
+    return ("student",) if config.stage == "npedit" else tuple(config.optimizer)
+
+
+def inner_batches(config: Config) -> int:
+    """Length of the axis before the batch axis, 0 for none."""
+    return config.fake_updates + 1 if config.stage == "npedit" else 0
 
 
 def check(config: Config) -> None:
@@ -100,6 +148,32 @@ def check(config: Config) -> None:
 def step(config: Config, modules: Modules) -> steps.Step:
     """The step of a config's stage, from modules alone: neither weights nor data are read."""
     return STEPS[config.stage](config, modules, rules(config))
+
+
+def compiled_step(config: Config, params: Mapping[str, Any], modules: Modules, mesh: Mesh) -> steps.Step:
+    """The step as `programs` that know where everything lies."""
+    made = programs(config, params, modules, mesh)
+    return edit_step.separate_steps(made, edit_settings(config)) if separate(config) else made["step"]
+
+
+def step_functions(config: Config, modules: Modules) -> dict[str, steps.Step]:
+    """What `programs` compiles: the whole step, or its parts."""
+    return edit_step.parts(_updates(config, modules)) if separate(config) else {"step": step(config, modules)}
+
+
+def programs(config: Config, params: Mapping[str, Any], modules: Modules, mesh: Mesh) -> dict[str, steps.Step]:
+    """The compiled programs of a stage's step by name, each of which takes the state over: "step", or its parts.
+
+    Args:
+      params: of all networks by name, arrays or their shapes.
+    """
+    trained = {name: params[name] for name in config.optimizer}
+    frozen = {name: tree for name, tree in params.items() if name not in trained}
+    create = functools.partial(state.create, rules=rules(config), averaged=averaged(config))
+    of_state = state_shardings(mesh, jax.eval_shape(create, trained), offload(config))
+    of_frozen = frozen_shardings(mesh, frozen, offload(config))
+    functions = step_functions(config, modules)
+    return {name: steps.compile_step(function, of_state, of_frozen) for name, function in functions.items()}
 
 
 def rules(config: Config) -> dict[str, optax.GradientTransformation]:
@@ -128,17 +202,52 @@ def abstract_networks(config: Config, names: Collection[str] | None = None) -> d
     return made
 
 
+def expected_runs(config: Config) -> dict[str, float]:
+    """How often a step runs each of its `programs`, on average over the draws of the unroll's length."""
+    if not separate(config):
+        return {"step": 1.0}
+    lengths, times = edit_settings(config).lengths, len(config.step.times)
+    shares = {1: 1.0} if lengths == (1,) else {1: 1 / times, 2: 1 - 1 / times}
+    updates = {"fake_score": config.fake_updates, "student": 1}
+    return {f"{name}/{n}": count * share for name, count in updates.items() for n, share in shares.items()}
+
+
+def work(config: Config, stage: Stage) -> telemetry.Work:
+    """What a step works through. FLOPs are counted, which takes a trace, where the device's peak is known."""
+    batch = stage.dataset[0]
+    images = max((x for x in batch.values() if x.dtype == np.uint8), key=lambda x: x.size)
+    leading, hosts = (2 if stage.inner_batches else 1), parallel.host_share(stage.mesh)[1]
+    samples = int(np.prod(images.shape[:leading])) * hosts
+    texts = sum(x.shape[-1] for name, x in batch.items() if name.endswith(("_ids", "packed_segments")))
+    patches = int(np.prod(images.shape[leading:-1])) // PATCH**2
+    peak = chips.peak_flops(stage.mesh.devices.flat[0])
+    needed = hosts * _useful_flops(config, stage, batch) if peak else 0.0
+    return telemetry.Work(samples, samples * (patches + texts), stage.mesh.size, needed, peak)
+
+
+def _useful_flops(config: Config, stage: Stage, batch: Mapping[str, np.ndarray]) -> float:
+    """FLOPs of a step on a host's batch, on average over the unroll's length."""
+    functions = step_functions(config, {name: flops.plain(network.module) for name, network in stage.networks.items()})
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    params = {name: jax.tree.map(shape, network.params) for name, network in stage.networks.items()}
+    trained = {name: params.pop(name) for name in stage.rules}
+    start = jax.eval_shape(functools.partial(state.create, rules=stage.rules, averaged=stage.averaged), trained)
+    one = {name: x[0] if separate(config) else x for name, x in batch.items()}
+    arguments = (start, params, jax.tree.map(shape, one), jax.eval_shape(lambda: jax.random.key(0)))
+    return sum(runs * flops.useful(functions[name], *arguments) for name, runs in expected_runs(config).items())
+
+
 def whole(config: Config, trained: Mapping[str, Any]) -> dict[str, Any]:
     """Trained parameters as a checkpoint keeps them, with adapters merged into their base's weights, which are read."""
     merged = {
-        name: lora.merge(_makers(config)[item.base]().params, trained[name], item.alpha)
+        name: lora.merge(_makers(config, None)[item.base]().params, trained[name], item.alpha)
         for name, item in adapted(config).items()
         if name in trained
     }
     return {**trained, **merged}
 
 
-def _makers(config: Config) -> dict[str, Callable[[], Network]]:
+def _makers(config: Config, mesh: Mesh | None) -> dict[str, Callable[[], Network]]:
     """What makes each network, so that one can be made without the others."""
     rng, _ = jax.random.split(jax.random.key(config.seed))
     specs, found = config.networks, {}
@@ -147,11 +256,11 @@ def _makers(config: Config) -> dict[str, Callable[[], Network]]:
         if name in adapted(config):
             options = {option: config.lora[option] for option in ("rank", "alpha", "targets")}
             options |= {"base": specs[config.lora.base[name]], "start": config.lora.start[name]}
-            found[name] = functools.partial(networks.adapt, spec, rng=key, **options)
+            found[name] = functools.partial(networks.adapt, spec, rng=key, mesh=mesh, **options)
         else:
             # Weights are stored as the module's parameters are typed: frozen ones in bfloat16 on an accelerator.
             dtype = spec.options.get("param_dtype", "float32")
-            found[name] = functools.partial(networks.create, spec, key, dtype=dtype)
+            found[name] = functools.partial(networks.create, spec, key, dtype=dtype, mesh=mesh)
     return found
 
 
@@ -173,11 +282,21 @@ def _student_flow_step(config: Config, modules: Modules, rules: steps.Rules, *, 
 
 
 def _npedit_step(config: Config, modules: Modules, rules: steps.Rules) -> steps.Step:
-    updates = edit_step.Updates(modules, rules, EditSettings(**config.step.to_dict()), adapted(config))
-    return edit_step.separate_steps(updates) if _separate(config) else edit_step.outer_step(updates)
+    del rules
+    return edit_step.outer_step(_updates(config, modules))
 
 
-def _separate(config: Config) -> bool:
+def _updates(config: Config, modules: Modules) -> edit_step.Updates:
+    return edit_step.Updates(modules, rules(config), edit_settings(config), adapted(config))
+
+
+def edit_settings(config: Config) -> EditSettings:
+    """The numbers of the edit stage."""
+    return EditSettings(**config.step.to_dict())
+
+
+def separate(config: Config) -> bool:
+    """Whether each update of the step is a program of its own."""
     return "separate_steps" in config and config.separate_steps
 
 
@@ -192,9 +311,15 @@ STEPS: Mapping[str, Callable[[Config, Modules, steps.Rules], steps.Step]] = {
 
 
 def _feed(config: Config) -> Feed:
-    host = (jax.process_index(), jax.process_count())
-    inner = config.fake_updates + 1 if config.stage == "npedit" else 0
-    return Feed(config.seed, config.batch_size // host[1], host, inner)
+    mesh = make_mesh(config)
+    number, parts = parallel.host_share(mesh)
+    places = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % places:
+        raise ValueError(
+            f"batch_size must be a multiple of the {places} places of mesh axes data and fsdp that the samples are "
+            f"spread over, found {config.batch_size}; change batch_size or mesh"
+        )
+    return Feed(config.seed, config.batch_size // parts, (number, parts), inner_batches(config))
 
 
 def _dataset(config: Config, data: easyvqa.EasyVQA | None = None, **extra: Any) -> grain.MapDataset:

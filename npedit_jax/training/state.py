@@ -6,7 +6,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from npedit_jax import parallel
 from npedit_jax.training import optimizer
 
 
@@ -33,6 +35,18 @@ def create(
         optimizer={name: rules[name].init(params[name]) for name in params},
         ema={name: jax.tree.map(jnp.copy, params[name]) for name in averaged},
         skipped={name: jnp.zeros([], jnp.int32) for name in params},
+    )
+
+
+def shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where each array of a state (or of its shapes) lies: moments and averages as the parameter that they are of."""
+    by_network = lambda place, trees: {name: place(mesh, tree) for name, tree in trees.items()}  # noqa: E731
+    return TrainState(
+        step=parallel.replicated(mesh),
+        params=by_network(parallel.parameter_shardings, state.params),
+        optimizer=by_network(parallel.optimizer_shardings, state.optimizer),
+        ema=by_network(parallel.parameter_shardings, state.ema),
+        skipped=dict.fromkeys(state.skipped, parallel.replicated(mesh)),
     )
 
 

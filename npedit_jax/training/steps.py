@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from npedit_jax import parallel
 from npedit_jax.models import lora
 from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow
@@ -25,6 +26,20 @@ Rules = Mapping[str, optax.GradientTransformation]
 UNPACKED = ("question_ids", "question_mask", "image_index")
 PACKED = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index", "answer_place")
 Step = Callable[[states.TrainState, Mapping[str, Params], Batch, jax.Array], tuple[states.TrainState, Metrics]]
+
+
+def compile_step(step: Step, state_shardings: states.TrainState, frozen_shardings: Mapping[str, Any]) -> Step:
+    """The step as a program that takes the state over and leaves each array where it was.
+
+    What lies in the hosts' memory is on the devices for as long as the program uses it.
+    """
+    whole = parallel.replicated(state_shardings.step.mesh)
+    return jax.jit(
+        lambda state, frozen, *rest: step(parallel.on_devices(state), parallel.on_devices(frozen), *rest),
+        donate_argnums=0,
+        in_shardings=(state_shardings, frozen_shardings, None, None),
+        out_shardings=(state_shardings, whole),
+    )
 
 
 def _train(

@@ -5,6 +5,10 @@ import threading
 from types import FrameType
 from typing import Any
 
+import jax
+
+from npedit_jax.training import hosts
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -35,6 +39,17 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    def asked_for(self, step: int) -> bool:
+        """Whether the run ends after this step; to be asked after every step, from the first of which on it listens.
+
+        Of several processes the one that was told tells the others, and all end after the same step.
+        """
+        if jax.process_count() == 1:
+            self.listen()
+        elif hosts.stop_at(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
 
     def listen(self) -> None:
         """Begins to notice the signals; a second call changes nothing. Only the main thread can."""

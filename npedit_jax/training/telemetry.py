@@ -1,9 +1,13 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, a progress bar."""
+"""What a run tells about itself: metrics.jsonl, TensorBoard, Weights & Biases, profiles, a progress bar."""
 
+import contextlib
+import importlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import tqdm
@@ -20,12 +24,22 @@ class MetricsLog:
     the file back to the restored step, so that a resumed run continues the file of the interrupted one.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, restored_step: int):
+    def __init__(self, workdir: epath.PathLike, *, restored_step: int, wandb_project: str = ""):
+        """Opens the logs.
+
+        Args:
+          wandb_project: of Weights & Biases, whose package then has to be installed; "" leaves it out.
+        """
         self._writes = jax.process_index() == 0
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._pending: list[str] = []
+        self._wandb = None
         if not self._writes:
             return
+        if wandb_project:
+            name = epath.Path(workdir).name
+            # The directory's name is the run's: a restart goes on with the same curves.
+            self._wandb = importlib.import_module("wandb").init(project=wandb_project, id=name, resume="allow")
         kept = read_metrics(workdir, up_to=restored_step) if self._path.exists() else []
         self._lines = [json.dumps(row) for row in kept]
         write_whole(self._path, "".join(line + "\n" for line in self._lines))
@@ -40,6 +54,8 @@ class MetricsLog:
         self._pending.append(self._lines[-1])
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
 
     def flush(self) -> None:
         """Puts every row so far on disk; called before a checkpoint commits."""
@@ -59,6 +75,131 @@ class MetricsLog:
         self.flush()
         if self._writes:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Work(NamedTuple):
+    """What one step of a run works through, over all devices.
+
+    Attributes:
+      tokens: image and text tokens of all samples.
+      flops: that the step's results need; 0 where they were not counted.
+      peak_flops: FLOP/s of a device, None where it is not known.
+    """
+
+    samples: int
+    tokens: int
+    devices: int
+    flops: float = 0.0
+    peak_flops: float | None = None
+
+
+class Meter:
+    """How fast a run is, and what its time goes into; all figures since the last reading but where told.
+
+    `time/step` and `time/data` are seconds a step and its wait for data; `time/samples_per_second`,
+    `time/tokens_per_second`; `time/flops_per_device` and `time/mfu`, of the FLOPs that the step's results need;
+    `time/compile`, seconds since this process began; `time/memory_peak`, GB of the fullest device of this host;
+    `time/goodput`, share of the wall time since the run began, restarts included, that went into steps which count.
+    """
+
+    def __init__(self, workdir: epath.PathLike, restored_step: int, work: Work, clock: Callable[[], float] = time.time):
+        self._work, self._clock = work, clock
+        rows = []
+        if restored_step and (epath.Path(workdir) / "metrics.jsonl").exists():
+            rows = read_metrics(workdir, up_to=restored_step)
+        self._began = rows[0].get("time/began", clock()) if rows else clock()
+        self._productive = rows[-1].get("time/productive", 0.0) if rows else 0.0
+        self._compiling = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        self._restart()
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._compiling += seconds
+
+    def _restart(self) -> None:
+        self._since, self._steps, self._waited, self._apart = self._clock(), 0, 0.0, 0.0
+        self._compiled_before = self._compiling
+
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        start = self._clock()
+        yield
+        self._waited += self._clock() - start
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around what is no part of a step: saving, previews."""
+        start, compiled = self._clock(), self._compiling
+        yield
+        self._apart += self._clock() - start
+        self._compiled_before += self._compiling - compiled  # is in that time already
+
+    def count(self) -> None:
+        """A step was begun."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The figures, see the class; the next ones count from here."""
+        now, steps = self._clock(), max(self._steps, 1)
+        compiled = self._compiling - self._compiled_before
+        inside = max(now - self._since - self._apart - compiled, 1e-9)
+        self._productive += inside
+        seconds, work = inside / steps, self._work
+        found = {
+            "time/clock": now,
+            "time/began": self._began,
+            "time/productive": self._productive,
+            "time/step": seconds,
+            "time/data": self._waited / steps,
+            "time/samples_per_second": work.samples / seconds,
+            "time/tokens_per_second": work.tokens / seconds,
+            "time/compile": self._compiling,
+            "time/goodput": self._productive / max(now - self._began, self._productive),
+        }
+        if work.flops:
+            found["time/flops_per_device"] = work.flops / work.devices / seconds
+        if work.flops and work.peak_flops:
+            found["time/mfu"] = work.flops / work.devices / seconds / work.peak_flops
+        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+        if max(peaks):
+            found["time/memory_peak"] = max(peaks) / 1e9
+        self._restart()
+        return found
+
+
+class Profiler:
+    """Writes a jax.profiler trace of chosen steps to `workdir/profile`.
+
+    Args:
+      steps: the first and the last step of the trace; () for no trace.
+    """
+
+    def __init__(self, workdir: epath.PathLike, steps: Sequence[int]):
+        self._directory = str(epath.Path(workdir) / "profile")
+        self._first, self._last = steps or (-1, -1)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Called before a step is run."""
+        if step == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Called after a step, whose results are waited for at the end of a trace."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def read_metrics(workdir: epath.PathLike, *, up_to: float = math.inf) -> list[dict[str, float]]:

@@ -10,7 +10,16 @@ from absl import logging
 from etils import epath
 
 # Fields that may differ from one start of a run to the next: they change how it runs, what comes out by rounding only.
-FREE_FIELDS = ("mesh.*", "checkpoint.*", "guard.*", "log.*", "cpu_devices", "networks.*.options.remat")
+FREE_FIELDS = (
+    "mesh.*",
+    "offload",
+    "checkpoint.*",
+    "guard.*",
+    "log.*",
+    "cpu_devices",
+    "networks.*.options.remat",
+    "networks.*.options.implementation",
+)
 LOCK, LEASE = ".lock", ".lease"  # what holds the directory for one run, see `workdir_lock`
 
 

@@ -57,7 +57,7 @@ def config(**lora_settings) -> ConfigDict:
 def test_a_run_trains_and_keeps_adapters_only(tmp_path):
     workdirs.open_run(tmp_path / "run", config())
     stage = stages.build(config())
-    assert stage.trained()["student"].keys() == {"layers"} and "base" in stage.frozen()
+    assert stage.networks["student"].params.keys() == {"layers"} and "base" in stage.frozen()
     # A fresh denoiser's gates and last layer are zero, and would pass nothing on to the adapters.
     base = stage.networks["base"]
     noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), base.params)
@@ -68,7 +68,7 @@ def test_a_run_trains_and_keeps_adapters_only(tmp_path):
     assert shapes(end.params["student"]) == shapes(start) == shapes(end.ema["student"])
     assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, end.params["student"])), strict=True))
     assert (tmp_path / "run" / "samples" / "step-0000002.png").exists()
-    whole = stage.merged({**stage.frozen(), **end.ema})["student"]
+    whole = lora.merged({**stage.frozen(), **end.ema}, stage.adapted)["student"]
     assert shapes(whole) == shapes(stage.frozen()["base"])
 
 

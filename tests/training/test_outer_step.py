@@ -107,7 +107,9 @@ def assert_close(found, expected, tolerance):
 def test_separate_steps_are_the_one_program_over_five_steps():
     """Gradients before the optimizer at the first step of each length, losses at all; rate 2e-5, fixed keys."""
     one, start, frozen = stepper()
-    separate = edit_step.separate_steps(make_updates()[0])
+    updates = make_updates()[0]
+    programs = {name: jax.jit(part, donate_argnums=0) for name, part in edit_step.parts(updates).items()}
+    separate = edit_step.separate_steps(programs, SETTINGS)
     expected_state, found_state, lengths = copy(start), copy(start), set()
     for seed in range(5):
         arguments = (frozen, batches(), jax.random.key(seed))

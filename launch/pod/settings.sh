@@ -1,0 +1,76 @@
+# Shared by the scripts beside it, which source it: what to run on, and `run`, which prints commands under --dry-run.
+# shellcheck shell=bash
+#
+# Set in the environment:
+#   NAME      of the queued resource and its TPU VMs
+#   ZONE      such as us-east5-a
+#   TYPE      accelerator type, such as v5p-128 (docs/pods.md says which)
+#   VERSION   TPU software version, such as v2-alpha-tpuv5 (gcloud compute tpus versions list)
+#   PROJECT   Google Cloud project; by default that of gcloud's configuration
+#   SPOT      true: cheaper, may be taken away at any time (default); false: on demand
+#   SLICES    slices of a multi-slice job (default 1)
+set -euo pipefail
+
+script="$(basename "$0")"
+dry_run=false
+if [[ "${1:-}" == "--dry-run" ]]; then
+  dry_run=true
+  shift
+fi
+
+fail() {
+  printf '%s: %s\n' "$script" "$1" >&2
+  exit 2
+}
+
+require() {
+  local name
+  for name in "$@"; do
+    [[ -n "${!name:-}" ]] || fail "set $name, see launch/pod/settings.sh"
+  done
+}
+
+run() {
+  if "$dry_run"; then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+require NAME ZONE
+SPOT="${SPOT:-true}"
+SLICES="${SLICES:-1}"
+[[ "$SPOT" == "true" || "$SPOT" == "false" ]] || fail "SPOT must be true or false, found '$SPOT'"
+[[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "SLICES must be a whole number above 0, found '$SLICES'"
+place=("--zone=$ZONE")
+[[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
+
+# The TPU VMs of the job, one a slice.
+nodes=("$NAME")
+if ((SLICES > 1)); then
+  nodes=()
+  for ((slice = 0; slice < SLICES; slice++)); do
+    nodes+=("$NAME-$slice")
+  done
+fi
+
+# The same command on every host of every slice at once; fails if it fails anywhere.
+on_all_hosts() {
+  local command="$1" node processes=() process status=0
+  for node in "${nodes[@]}"; do
+    run gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all "--command=$command" &
+    processes+=("$!")
+    if "$dry_run"; then wait "$!"; fi
+  done
+  for process in "${processes[@]}"; do
+    wait "$process" || status="$?"
+  done
+  return "$status"
+}
+
+# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away), FAILED, ...; empty where there is none.
+state() {
+  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" "--format=value(state.state)" 2>/dev/null || true
+}

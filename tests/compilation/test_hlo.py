@@ -1,0 +1,141 @@
+"""Counts of compiled programs: products inside loops, collectives by axis, bytes; on CPU programs and on TPU text."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from npedit_jax import flops
+from npedit_jax.compilation import hlo
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+# ruff: noqa: E501
+TPU = """HloModule jit_f, is_scheduled=true
+
+%fused (param_0: bf16[30,8,16], param_1: s32[]) -> bf16[8,16] {
+  %param_0 = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,8,16]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %out = bf16[8,16]{1,0:T(8,128)(2,1)} bitcast(%slice)
+}
+
+%body (p: (s32[], bf16[30,8,16], bf16[4,64])) -> (s32[], bf16[30,8,16], bf16[4,64]) {
+  %p = (s32[]{:T(128)}, bf16[30,8,16]{2,1,0}, bf16[4,64]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %stack = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %x = bf16[4,64]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %layer = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%stack, %i), kind=kLoop, calls=%fused
+  %whole = bf16[64,16]{1,0:T(8,128)(2,1)} all-gather(%layer), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(f)/gather"}
+  %y = bf16[4,16]{1,0:T(8,128)(2,1)} convolution(%x, %whole), dim_labels=bf_io->bf
+  %k = bf16[4,64]{1,0:T(8,128)(2,1)} custom-call(%y), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"body": "abc",
+"xprof_metadata":"{}"}}, metadata={op_name="jit(f)/kernel"}
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %two)
+  ROOT %t = (s32[]{:T(128)}, bf16[30,8,16]{2,1,0}, bf16[4,64]{1,0}) tuple(%next, %stack, %k)
+}
+
+%condition (c: (s32[], bf16[30,8,16], bf16[4,64])) -> pred[] {
+  %c = (s32[]{:T(128)}, bf16[30,8,16]{2,1,0}, bf16[4,64]{1,0}) parameter(0)
+  %n = s32[]{:T(128)} constant(7)
+  %j = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[30,8,16], b: bf16[4,64]) -> bf16[4,64] {
+  %a = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(1)
+  %start = s32[]{:T(128)} constant(0)
+  %tuple = (s32[]{:T(128)}, bf16[30,8,16]{2,1,0}, bf16[4,64]{1,0}) tuple(%start, %a, %b)
+  %loop = (s32[]{:T(128)}, bf16[30,8,16]{2,1,0}, bf16[4,64]{1,0}) while(%tuple), condition=%condition, body=%body
+  ROOT %result = bf16[4,64]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_a_loop_of_the_tpu_compiler_is_counted_by_its_length():
+    """From 0 in steps of 2 below 7: four times; the stack is read a layer at a time."""
+    work = hlo.Program(TPU).work({"data": 1, "fsdp": 8, "tensor": 1})
+    assert work.flops == 4 * 2 * 4 * 64 * 16
+    (gather,) = work.collectives
+    assert (gather.kind, gather.axes, gather.group, gather.times) == ("all-gather", ("fsdp",), 8, 4)
+    assert gather.bytes == 64 * 16 * 2 and gather.moved == pytest.approx(4 * 64 * 16 * 2 * 7 / 8)
+    fusion = 2 * 8 * 16 * 2
+    assert work.traffic % 4 == 0 and fusion < work.traffic / 4 < 30 * 8 * 16 * 2
+
+
+def test_a_loop_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match="loop loop has no known trip count"):
+        hlo.Program(TPU.replace("direction=LT", "direction=NE")).work(ONE)
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.Program("HloModule empty\n")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "devices", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", 4, [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[8], x", 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", 8, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", 8, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", 2, [[0, 1], [1, 0]]),
+        ("replica_groups={}", 3, [[0, 1, 2]]),
+    ],
+)
+def test_groups_of_devices_are_read(attributes, devices, groups):
+    assert hlo._groups(attributes, devices) == groups
+
+
+def test_axes_are_those_along_which_a_group_differs():
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert hlo._axes([[0, 2], [1, 3]], mesh) == ("fsdp",)
+    assert hlo._axes([[0, 4, 1, 5]], mesh) == ("data", "tensor")
+
+
+def compiled(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.Program(jax.jit(function).lower(*arguments).compile().as_text()).work(ONE), arguments
+
+
+def scanned(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def convolved(x, w):
+    return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def conditional(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w.T, lambda x: x @ w @ w.T @ w @ w.T, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (scanned, [(8, 16), (5, 16, 16)]),
+        (jax.grad(lambda x, w: jnp.sum(scanned(x, w)), argnums=(0, 1)), [(8, 16), (5, 16, 16)]),
+        (lambda x, w: jnp.einsum("bkst,btka->bska", x, w), [(2, 3, 4, 5), (2, 5, 3, 7)]),
+        (conditional, [(8, 16), (16, 8)]),
+    ],
+)
+def test_executed_products_are_those_that_are_needed(function, shapes):
+    """Without rematerialisation the compiler's program runs what the traced one asks for."""
+    work, arguments = compiled(function, *shapes)
+    assert work.flops == flops.useful(function, *arguments) > 0
+
+
+def test_convolutions_count_what_meets_the_picture():
+    """The needed count takes padding for input; the executed one does not: at most the border's share less."""
+    work, arguments = compiled(convolved, (1, 16, 16, 4), (3, 3, 4, 8))
+    assert 0.85 * flops.useful(convolved, *arguments) < work.flops <= flops.useful(convolved, *arguments)
+
+
+def test_rematerialisation_shows():
+    gradient = lambda f: jax.value_and_grad(lambda x, w: jnp.sum(f(x, w)), argnums=(0, 1))  # noqa: E731
+    work, arguments = compiled(gradient(jax.checkpoint(scanned)), (8, 16), (5, 16, 16))
+    needed = flops.useful(gradient(scanned), *arguments)
+    assert 1.2 * needed < work.flops < 1.5 * needed
+
+
+def test_what_no_result_needs_is_not_counted():
+    assert flops.useful(lambda x: (x @ x, x + 1)[1], jax.ShapeDtypeStruct((8, 8), jnp.float32)) == 0

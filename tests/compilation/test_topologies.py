@@ -1,0 +1,93 @@
+"""The TPU compiler on a machine without TPU, where libtpu is installed: meshes, collectives, flags, the kernel."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu")
+ROOT = pathlib.Path(__file__).parents[2]
+# libtpu is loaded in a process of its own: the tests' own process stays without it.
+HEADER = """
+import functools, re, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from npedit_jax import chips, parallel
+from npedit_jax.compilation import hlo
+from npedit_jax.models import layers
+
+def work(topology, data, width, slices=1):
+    mesh = parallel.make_mesh(data, -1, 1, chips.devices_of(topology, slices))
+    def loss(w, x):
+        def layer(x, w):
+            return jnp.tanh(parallel.constrain_batch(x) @ w.astype(jnp.bfloat16)), None
+        return jnp.sum(jax.lax.scan(layer, x, w)[0].astype(jnp.float32))
+    place = lambda *axes: NamedSharding(mesh, P(*axes))
+    w = jax.ShapeDtypeStruct((4, width, width), jnp.float32, sharding=place(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((mesh.size, 256, width), jnp.bfloat16, sharding=place(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss), out_shardings=w.sharding).lower(w, x).compile()
+    return hlo.Program(compiled.as_text()).work(mesh.shape)
+
+kinds = lambda work: {(c.kind, c.axes) for c in work.collectives if c.times > 1}
+"""
+
+
+def run(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HEADER + script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_parameters_are_gathered_and_gradients_scattered_over_fsdp_and_summed_over_data():
+    """8 rows of a tile each: with fewer the compiler adds shards up instead (docs/pods.md)."""
+    run("""
+found = work("v5e:4x4", 4, 512)
+assert kinds(found) == {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",)), ("all-reduce", ("data",))}, found
+assert found.flops == 3 * 2 * 4 * 256 * 512**2, found.flops
+assert max(c.bytes for c in found.collectives if c.kind == "all-gather") == 512 * 512 * 2
+""")
+
+
+def test_slices_exchange_over_data_alone():
+    run("""
+mesh = parallel.make_mesh(2, -1, 1, chips.devices_of("v5e:2x2", 2))
+assert mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}
+assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+""")
+
+
+def test_flags_of_the_launch_script_are_known_to_the_compiler():
+    run("""
+mesh = parallel.make_mesh(1, -1, 1, chips.devices_of("v6e:2x2"))
+x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+lowered = jax.jit(lambda x: x @ x).lower(x)
+flags = re.findall(r"^ +--(\\S+)=(\\S+)", open("launch/pod/xla_flags.sh").read(), re.M)
+assert len(flags) > 4
+lowered.compile(compiler_options=dict(flags))
+try:
+    lowered.compile(compiler_options={"xla_tpu_no_such_flag": "true"})
+except jax.errors.JaxRuntimeError as error:
+    assert "No such compile option" in str(error)
+else:
+    raise AssertionError("an unknown flag was taken")
+""")
+
+
+def test_flash_attention_compiles_for_a_mesh_and_its_products_are_counted():
+    run("""
+mesh = parallel.make_mesh(2, 2, 1, chips.devices_of("v5e:2x2"))
+x = jax.ShapeDtypeStruct((4, 1500, 2, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+attend = functools.partial(layers.attention, implementation="splash")
+with jax.set_mesh(mesh):
+    gradients = jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32)), argnums=(0, 1, 2))
+    found = hlo.Program(jax.jit(gradients).lower(x, x, x).compile().as_text()).work(mesh.shape)
+# One sample a device, padded to 1536 tokens: two products forward, three and four backward.
+assert found.flops == 2 * (2 + 3 + 4) * 2 * 1536**2 * 128, found.flops / (2 * 2 * 1536**2 * 128)
+assert not found.collectives
+""")
+
+
+def test_unknown_size_is_told_in_one_line():
+    command = [sys.executable, "-m", "npedit_jax.compile", "--config=configs/zimage/warmup.py", "--topology=v5p:3x5x7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "compile: no TPU compiler for v5p:3x5x7" in done.stderr

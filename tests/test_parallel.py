@@ -1,0 +1,130 @@
+"""The mesh and the table of shardings: each parameter of each network in one row, moments and averages with it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from configs.zimage import npedit, npedit_llava, npedit_lora
+from npedit_jax import parallel
+from npedit_jax.training import optimizer, stages, state
+
+FULL = {"npedit": npedit, "npedit_llava": npedit_llava, "npedit_lora": npedit_lora}
+
+
+def abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor), parallel.AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_every_parameter_of_the_full_size_networks_has_one_row(name):
+    """And little of it stays whole: less than a thousandth of all parameters on 64 devices."""
+    mesh, whole, total = abstract(1, 64, 1), 0, 0
+    for network in stages.abstract_networks(FULL[name].get_config()).values():
+        shardings = parallel.parameter_shardings(mesh, network.params)
+        for leaf, sharding in zip(jax.tree.leaves(network.params), jax.tree.leaves(shardings), strict=True):
+            total += leaf.size
+            whole += leaf.size if sharding.is_fully_replicated else 0
+    assert whole < 1e-3 * total
+
+
+def test_stacked_layers_are_split_inside_a_layer():
+    mesh = abstract(1, 4, 2)
+    sharding = parallel.parameter_sharding(mesh, "layers/attention/query/kernel", (30, 3840, 3840))
+    assert sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert parallel.parameter_sharding(mesh, "layers/mlp/down/kernel", (2, 64, 24)).spec[1:] == ("tensor", "fsdp")
+
+
+def test_axes_that_do_not_divide_are_left_out():
+    mesh = abstract(1, 4, 2)
+    spec = lambda *shape: parallel.parameter_sharding(mesh, "decoder/embedding/embedding", shape).spec  # noqa: E731
+    assert spec(7, 16) == PartitionSpec(None, ("fsdp", "tensor"))
+    assert spec(7, 12) == PartitionSpec(None, "fsdp")
+    assert spec(7, 6) == PartitionSpec(None, "tensor")
+    assert spec(7, 5) == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize("path", ["layers/attention/queries/kernel", "kernel", "layers/attention/query/kernels"])
+def test_parameter_without_a_row_is_an_error(path):
+    with pytest.raises(ValueError, match=f"{path}.*exactly one row.*none"):
+        parallel.spec_of(path)
+
+
+def test_parameter_with_two_rows_is_an_error(monkeypatch):
+    monkeypatch.setattr(parallel, "_PATTERNS", parallel._PATTERNS * 2)
+    with pytest.raises(ValueError, match="exactly one row"):
+        parallel.spec_of("layers/attention/query/kernel")
+    with pytest.raises(ValueError, match="too few axes"):
+        monkeypatch.undo()
+        parallel.parameter_sharding(abstract(1, 2, 1), "layers/mlp/up/kernel", (4,))
+
+
+@pytest.mark.parametrize(("rule", "moments"), [("adam", 2), ("muon", 1), ("no first moment", 1)])
+def test_moments_and_averages_lie_as_their_parameter(rule, moments):
+    mesh = abstract(1, 2, 2)
+    params = {"student": {"layers": {"mlp": {"up": {"kernel": jnp.zeros((3, 8, 4))}}}}}
+    settings = dict(learning_rate=optax.constant_schedule(0.1), b2=0.9, clip_norm=1.0, weight_decay=0.1)
+    made = optimizer.build("muon" if rule == "muon" else "adam", b1=0.0 if rule[:2] == "no" else 0.9, **settings)
+    start = jax.eval_shape(lambda: state.create(params, {"student": made}, ("student",)))
+    found = state.shardings(mesh, start)
+    expected = parallel.parameter_sharding(mesh, "layers/mlp/up/kernel", (3, 8, 4))
+    assert expected.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert jax.tree.leaves(found.ema) == [expected]
+    placed = zip(jax.tree.leaves(start.optimizer), jax.tree.leaves(found.optimizer), strict=True)
+    large = [sharding for leaf, sharding in placed if leaf.shape == (3, 8, 4)]
+    assert large == [expected] * moments
+
+
+def test_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
+    devices = [Device(n, n // 2) for n in range(8)]
+    assert parallel.make_mesh(-1, 2, 1, devices).devices.shape == (4, 2, 1)
+    assert parallel.make_mesh(1, -1, 2, devices).devices.shape == (1, 4, 2)
+    for sizes in ((3, -1, 1), (1, 1, 1), (-1, -1, 1), (0, 8, 1)):
+        with pytest.raises(ValueError, match="config.mesh"):
+            parallel.make_mesh(*sizes, devices)
+
+
+def test_slices_lie_along_data():
+    devices = [Device(n, n // 2, slice_index=n // 4) for n in range(8)]
+    mesh = parallel.make_mesh(2, 4, 1, devices)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="2 slices .* multiple"):
+        parallel.make_mesh(1, 8, 1, devices)
+
+
+def test_hosts_feed_disjoint_parts(monkeypatch):
+    def shares(sizes, per_host):
+        mesh = parallel.make_mesh(*sizes, [Device(n, n // per_host) for n in range(8)])
+        found = []
+        for process in range(8 // per_host):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            found.append(parallel.host_share(mesh))
+        return found
+
+    assert shares((1, 8, 1), 4) == [(0, 2), (1, 2)]
+    assert shares((2, 4, 1), 2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert shares((1, 2, 4), 2) == [(0, 2), (0, 2), (1, 2), (1, 2)]  # two hosts hold one sample's tensor axis
+    with pytest.raises(ValueError, match="unevenly"):
+        shares((1, 4, 2), 3)
+
+
+def test_constraints_leave_values_alone():
+    x = jnp.arange(12.0).reshape(3, 4)
+    assert parallel.constrain_batch(x) is x
+    with jax.set_mesh(parallel.make_mesh()):
+        np.testing.assert_array_equal(jax.jit(parallel.constrain_batch)(x), x)

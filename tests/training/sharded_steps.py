@@ -1,0 +1,149 @@
+"""Run by test_sharded.py with 8 CPU devices: the outer step on several meshes against one device.
+
+    python -m tests.training.sharded_steps DIRECTORY MESH...
+
+Also in 2 processes of 4 devices each, which NPEDIT_HOSTS joins; checkpoints are then left to other tests.
+
+Networks have a few hundred parameters; gradients are recorded before the optimizer, Adam's rate is the real one.
+"""
+
+import functools
+import os
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from npedit_jax import parallel
+from npedit_jax.training import edit_step, hosts, optimizer, state, steps
+from npedit_jax.training.checkpoint import Checkpoints
+from npedit_jax.training.edit_losses import EditSettings
+from tests.training.test_outer_step import recording
+from tests.training.tiny_networks import batches, parts
+
+# A weight per latent pixel divides by differences near 0, which no two orders of summation round alike.
+SETTINGS = EditSettings(times=(1.0, 0.5), scorer_weight=0.5, skip_norm=1e9, dmd_normalizer="sample")
+SAMPLES = 8
+MESHES = {"fsdp": (1, 8, 1), "all axes": (2, 2, 2)}
+LOSSES = ("loss", "loss/dmd", "loss/scorer", "loss/identity", "loss/fake_score")
+SEEDS, TOLERANCE = (0, 1, 2, 4, 5), 1e-5  # keys whose steps all unroll two steps: one length compiles in half the time
+
+
+COMPILED: list[str] = []
+
+
+def note_compilation(event: str, seconds: float, **_: Any) -> None:
+    """Listens to jax."""
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(event)
+
+
+def batch(step: int) -> dict[str, np.ndarray]:
+    """Batches of tiny_networks, with more samples, each another image."""
+
+    def widen(x: np.ndarray) -> np.ndarray:
+        return x if x.shape[1] == 1 else np.concatenate([x] * (SAMPLES // x.shape[1]), axis=1)
+
+    made = {name: widen(np.asarray(value)) for name, value in batches().items()}
+    made["reference"] = np.random.default_rng(step).integers(0, 256, made["reference"].shape).astype(np.uint8)
+    return made
+
+
+def host_batch(step: int, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+    """This process's share."""
+    number, parts = parallel.host_share(mesh)
+    cut = slice(number * SAMPLES // parts, (number + 1) * SAMPLES // parts)
+    return {name: x if x.shape[1] == 1 else x[:, cut] for name, x in batch(step).items()}
+
+
+def whole_tree(tree: Any) -> Any:
+    """On every process."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def run(mesh: jax.sharding.Mesh) -> tuple[state.TrainState, list[dict[str, float]], dict[str, Any]]:
+    """The last state, every step's metrics, and each trained network's gradients of the first step."""
+    modules, params = parts()
+    adam = optimizer.build("adam", learning_rate=2e-5, b1=0.0, b2=0.9, clip_norm=2.0)
+    rules = {name: optax.chain(recording(), adam) for name in ("student", "fake_score")}
+    place = lambda name: parallel.put(params[name], parallel.parameter_shardings(mesh, params[name]))  # noqa: E731
+    trained = {name: place(name) for name in rules}
+    frozen = {name: place(name) for name in params if name not in rules}
+    of_frozen = jax.tree.map(lambda x: x.sharding, frozen)
+    create = lambda trained: state.create(trained, rules, ("student",))  # noqa: E731
+    shardings = state.shardings(mesh, jax.eval_shape(create, trained))
+    whole = parallel.replicated(mesh)
+    with jax.set_mesh(mesh):
+        now = parallel.place(create, shardings, trained)
+        updates = edit_step.parts(edit_step.Updates(modules, rules, SETTINGS))
+        programs = {name: steps.compile_step(update, shardings, of_frozen) for name, update in updates.items()}
+        step_function = edit_step.separate_steps(programs, SETTINGS)
+        found, gradients = [], {}
+        for step, seed in enumerate(SEEDS):
+            key = parallel.place(functools.partial(jax.random.key, seed), whole)
+            compiled_before = len(COMPILED)
+            now, metrics = step_function(now, frozen, parallel.put_batch(host_batch(step, mesh), mesh, 1), key)
+            assert step == 0 or len(COMPILED) == compiled_before, "a program was compiled after the first step"
+            found.append(jax.device_get(metrics))
+            gradients = gradients or {name: whole_tree(now.optimizer[name][0].gradients) for name in rules}
+    return now, found, gradients
+
+
+def assert_close(found: Any, expected: Any, what: str) -> None:
+    """The whole tree to the tolerance, each array to ten times that, beside rounding of the whole."""
+    norm = lambda tree: np.sqrt(sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree)))  # noqa: E731
+    difference, whole = jax.tree.map(np.subtract, found, expected), norm(expected)
+    assert norm(difference) <= TOLERANCE * whole, (what, norm(difference), whole)
+    for (path, error), x in zip(
+        jax.tree_util.tree_leaves_with_path(difference), jax.tree.leaves(expected), strict=True
+    ):
+        assert norm(error) <= 10 * TOLERANCE * (norm(x) + 1e-3 * whole), (what, jax.tree_util.keystr(path), norm(error))
+
+
+def main(directory: str, names: list[str]) -> None:
+    """Compares losses, gradients and restored checkpoints of the named meshes with one device's."""
+    one = parallel.make_mesh(1, 1, 1, jax.local_devices()[:1])
+    _, expected, expected_gradients = run(one)
+    assert {int(row["unroll"]) for row in expected} == {2}
+    for name in names:
+        sizes = MESHES[name]
+        mesh = parallel.make_mesh(*sizes)
+        end, found, gradients = run(mesh)
+        for network, tree in gradients.items():
+            assert_close(tree, expected_gradients[network], f"{name}: gradients of {network}")
+        for row, wanted in zip(found, expected, strict=True):
+            assert row["unroll"] == wanted["unroll"]
+            for loss in LOSSES:
+                np.testing.assert_allclose(row[loss], wanted[loss], rtol=TOLERANCE, err_msg=f"{name}: {loss}")
+        kernel = end.optimizer["student"][1][1].nu["layers"]["mlp"]["gate"]["kernel"]
+        parts_of_kernel = len({str(shard.index) for shard in kernel.addressable_shards})
+        assert parts_of_kernel == sizes[1] * sizes[2], (name, kernel.sharding)
+        if jax.process_count() > 1:
+            continue
+        restore_elsewhere(f"{directory}/{name}", end, [one, *(parallel.make_mesh(*s) for s in MESHES.values())])
+
+
+def restore_elsewhere(directory: str, saved: state.TrainState, meshes: list[jax.sharding.Mesh]) -> None:
+    """A checkpoint comes back equal on every mesh, and lies there as that mesh's table says."""
+    checkpoints = Checkpoints(directory, every=1, keep=1)
+    checkpoints.save(1, saved, {}, force=True)
+    checkpoints.close()
+    for mesh in meshes:
+        shardings = state.shardings(mesh, saved)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, shardings)
+        again, _ = Checkpoints(directory, every=1, keep=1, read_only=True).restore(1, like)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(saved))
+        assert jax.tree.map(lambda x: x.sharding, again) == shardings
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.monitoring.register_event_duration_secs_listener(note_compilation)
+    jax.config.update("jax_num_cpu_devices", 4 if os.environ.get(hosts.VARIABLE) else 8)
+    hosts.join()
+    main(sys.argv[1], sys.argv[2:])
