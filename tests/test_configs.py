@@ -83,9 +83,10 @@ def _batch(config: ConfigDict, side: tuple[int, int], batch: int = 2) -> dict[st
         f"{name}_mask": jax.ShapeDtypeStruct((*lead, config.data.text_length), bool),
     }
     found = {"reference": array((*side, 3), jnp.uint8)} | text("caption")
+    found |= {"weight": array((), jnp.float32)}
     if not edits:
         return found
-    names = ("guidance", "dmd_weight", "identity_weight", "weight")
+    names = ("guidance", "dmd_weight", "identity_weight")
     found |= text("instruction") | text("negative", (leading[0], 1)) | {name: array((), jnp.float32) for name in names}
     found |= {"answer": array((2,), jnp.int32), "question_weight": array((2,), jnp.float32)}
     packed = config.data.options.get("packed_length", 0)

@@ -33,7 +33,7 @@ def run(
     mesh = parallel.make_mesh(**config.mesh.to_dict())
     train_state = parallel.put_replicated(state.create(stage.trained(), stage.rules, stage.averaged), mesh)
     frozen = parallel.put_replicated(stage.frozen(), mesh)
-    batches = iterate(stage.dataset)
+    batches = iterate(stage.dataset, stage.reading)
 
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
@@ -55,7 +55,8 @@ def run(
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, pending)
             if step % config.log.every == 0 or step == config.steps:
-                pending = (step, metrics, {"time/data": fed - started, "time/clock": time.time()})
+                counts = {f"data/{name}": batches.counts[name] for name in ("bad", "cut")}
+                pending = (step, metrics, {"time/data": fed - started, "time/clock": time.time(), **counts})
             bar.update()
             if checkpoints.due(step) or step == config.steps:
                 pending = _log(log, bar, pending)

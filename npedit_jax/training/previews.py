@@ -10,6 +10,7 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax import sampling
+from npedit_jax.data.batches import arrays
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import stages
 from npedit_jax.training.state import TrainState
@@ -53,7 +54,7 @@ class Previews:
 
 def first_batch(stage: stages.Stage) -> dict[str, np.ndarray]:
     """The first samples of the stage's data, without an axis of inner batches."""
-    batch = stage.dataset[0]
+    batch = arrays(stage.dataset[0])
     if stage.inner_batches:
         batch = {name: value[0] for name, value in batch.items()}
     return {name: value[:COLUMNS] for name, value in batch.items()}

@@ -12,7 +12,10 @@ import ml_collections
 import optax
 
 from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
-from npedit_jax.data.batches import Feed
+from npedit_jax.data.batches import Feed, Reading
+from npedit_jax.data.easyvqa_source import EasyVQASource
+from npedit_jax.data.records import Records
+from npedit_jax.data.sources import RecordSource, Source
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.models import lora
 from npedit_jax.training import edit_step, networks, optimizer, steps
@@ -33,6 +36,7 @@ class Stage:
       averaged: trained networks of which an average is kept.
       step: pure function `(state, frozen, batch, rng) -> (state, metrics)`.
       dataset: batches as dictionaries of numpy arrays.
+      reading: how a host reads them ahead.
       inner_batches: batches have this leading axis before the batch axis; 0 for none.
       adapted: networks of which only adapters are trained: adapters stand in the place of their parameters.
       compiled: the step compiles its own programs and is not to be compiled as a whole.
@@ -43,6 +47,7 @@ class Stage:
     averaged: tuple[str, ...]
     step: steps.Step
     dataset: grain.MapDataset
+    reading: Reading = Reading()
     inner_batches: int = 0
     adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
     compiled: bool = False
@@ -81,6 +86,7 @@ def build(config: Config) -> Stage:
         averaged=("student",) if edits else tuple(config.optimizer),
         step=step(config, modules),
         dataset=DATASETS[config.stage](config, modules),
+        reading=Reading(**config.data.reading) if "reading" in config.data else Reading(),
         inner_batches=config.fake_updates + 1 if edits else 0,
         adapted=adapted(config),
         compiled=edits and _separate(config),
@@ -193,31 +199,77 @@ def _feed(config: Config) -> Feed:
     return Feed(config.seed, config.batch_size // host[1], host, inner)
 
 
-def _dataset(config: Config, data: easyvqa.EasyVQA | None = None, **extra: Any) -> grain.MapDataset:
-    data = data or easyvqa.load("train")
-    return pipeline.stage_dataset(config.stage, data, _feed(config), **config.data.options.to_dict(), **extra)
-
-
 def _images(config: Config, modules: Modules) -> grain.MapDataset:
     del modules
-    return _dataset(config)
+    source, options = _source(config)
+    return pipeline.stage_dataset(config.stage, source, _feed(config), **options)
 
 
 def _images_with_text(config: Config, modules: Modules) -> grain.MapDataset:
     del modules
-    return _dataset(config, text=_text(config))
+    source, options = _source(config)
+    return pipeline.stage_dataset(config.stage, source, _feed(config), text=_text(config), **options)
+
+
+def _easyvqa_pairs(config: Config, modules: Modules) -> grain.MapDataset:
+    del modules
+    data, options = easyvqa.load("train"), config.data.options.to_dict()
+    return pipeline.supervised(data, _feed(config), text=_text(config), **options)
 
 
 def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
     templates, data = questions.TEMPLATES[config.data.templates], easyvqa.load("train")
     pairs = scorer_pairs.PairSource(data, templates, config.data.options.questions)
     tokenizer = _questions(config, modules["scorer"].image_tokens)
-    return _dataset(config, data, tokenizer=tokenizer, templates=templates, pairs=pairs)
+    options = dict(tokenizer=tokenizer, templates=templates, pairs=pairs, **config.data.options.to_dict())
+    return pipeline.scorer(data, _feed(config), **options)
 
 
 def _edits(config: Config, modules: Modules) -> grain.MapDataset:
+    source, options = _source(config)
+    weights = options.pop("edit_weights")
+    tasks = {"": pipeline.Task(source, weights, questions.TEMPLATES[config.data.templates])}
+    if "tasks" in config.data:
+        tasks = {name: _task(config, name, weights) for name in config.data.tasks}
     scorer = _questions(config, modules["scorer"].image_tokens)
-    return _dataset(config, text=_text(config), scorer=scorer, templates=questions.TEMPLATES[config.data.templates])
+    return pipeline.npedit(tasks, _feed(config), text=_text(config), scorer=scorer, **options)
+
+
+def _task(config: Config, name: str, weights: Mapping[str, float]) -> pipeline.Task:
+    """One of several tasks: editing with all edit types, or another, which is an edit type of its own."""
+    spec = config.data.tasks[name]
+    source, _ = _source(config, spec.records or config.data.records)
+    return pipeline.Task(
+        source,
+        weights if name == "editing" else {name: 1.0},
+        questions.TEMPLATES[spec.templates],
+        questions.TASK_PREFIXES[name] if config.data.task_prefix else "",
+        spec.weight,
+    )
+
+
+def _source(config: Config, records: str = "") -> tuple[Source, dict[str, Any]]:
+    """Where samples come from, and the options that are left for the stage."""
+    options = config.data.options.to_dict()
+    fraction = options.pop("fraction", 1.0)
+    if "records" not in config.data:
+        return EasyVQASource(easyvqa.load("train").fraction(fraction)), options
+    sets, weights = _sets(records or config.data.records)
+    flip = options.pop("flip", 0.0)
+    return RecordSource(sets, config.data.buckets, weights=weights, fraction=fraction, flip=flip), options
+
+
+def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:
+    """Sets of records by the name of their directory, and their weights: "DIR" or "DIR=WEIGHT,DIR=WEIGHT"."""
+    sets, weights = {}, {}
+    for path in paths.split(","):
+        directory, _, weight = path.partition("=")
+        name = directory.rstrip("/").rsplit("/", 1)[-1]
+        if name in sets:
+            raise ValueError(f"two sets of records are called {name!r} in {paths!r}; rename one directory")
+        sets[name] = Records(directory)
+        weights |= {name: float(weight)} if weight else {}
+    return sets, weights
 
 
 def _text(config: Config) -> TextTokenizer:
@@ -236,5 +288,5 @@ DATASETS: Mapping[str, Callable[[Config, Modules], grain.MapDataset]] = {
     "scorer": _scorer_pairs,
     "warmup": _images_with_text,
     "npedit": _edits,
-    "supervised": _images_with_text,
+    "supervised": _easyvqa_pairs,
 }

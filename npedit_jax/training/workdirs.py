@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 
 # Fields that may differ from one start of a run to the next: they change how it runs, what comes out by rounding only.
-FREE_FIELDS = ("mesh.*", "checkpoint.*", "log.*", "cpu_devices", "networks.*.options.remat")
+FREE_FIELDS = ("mesh.*", "checkpoint.*", "log.*", "cpu_devices", "networks.*.options.remat", "data.reading.*")
 
 
 class WorkdirError(ValueError):
