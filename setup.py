@@ -39,6 +39,8 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
+        # TensorFlow Datasets uses importlib_resources without asking for it.
+        "prepare": ["apache-beam>=2.72", "importlib_resources", "tensorflow-datasets>=4.9.10"],
         "test": [
             "accelerate",
             "diffusers>=0.37",
