@@ -206,6 +206,9 @@ class TextCache(dict):
         super().__init__()
         self._tokenizer = tokenizer
 
+    def __reduce__(self) -> tuple[type, tuple[TextTokenizer]]:
+        return type(self), (self._tokenizer,)  # a worker begins with an empty one
+
     def __missing__(self, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
         if len(self) >= self._LIMIT:
             self.clear()
@@ -227,6 +230,9 @@ class QuestionCache(dict):
     def __init__(self, tokenizer: ScorerTokenizer):
         super().__init__()
         self._tokenizer = tokenizer
+
+    def __reduce__(self) -> tuple[type, tuple[ScorerTokenizer]]:
+        return type(self), (self._tokenizer,)
 
     def __missing__(self, key: tuple[str, tuple[int, ...]]) -> QuestionTokens:
         if len(self) >= self._LIMIT:

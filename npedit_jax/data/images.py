@@ -1,6 +1,6 @@
 """Image files to pixels of a bucket: decode, turn upright, scale and crop, each file on its own terms.
 
-A picture is scaled until it covers the bucket and cut about its centre, never padded. One antialiased Lanczos resize
+A picture is scaled until it covers the bucket and cut about its centre, never padded. One antialiased bicubic resize
 does both, from a box of the picture; a JPEG is first decoded at a half, a quarter or an eighth of its size where that
 still covers the bucket (libjpeg's scaled inverse transform, Pillow's draft mode).
 """
@@ -131,7 +131,7 @@ def _fit(image: Image.Image, target: Size) -> Image.Image:
     left, top = max(0.0, (width - scale * target.width) / 2), max(0.0, (height - scale * target.height) / 2)
     box = (left, top, min(left + scale * target.width, image.width), min(top + scale * target.height, image.height))
     if image.size != (target.width, target.height) or box != (0, 0, *image.size):
-        image = image.resize((target.width, target.height), Image.Resampling.LANCZOS, box=box)
+        image = image.resize((target.width, target.height), Image.Resampling.BICUBIC, box=box)
     return _to_rgb(image)
 
 

@@ -23,7 +23,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 SCHEMA = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"
 KEPT = 0  # value of the index column `left_out` on records that are used; others count from 1 in the manifest's order
-_OPTIONS = "group_size:1"  # every record by itself: reading one reads nothing else
+_OPTIONS = "group_size:1,uncompressed"  # every record by itself; images are compressed already
 _BLOCK = 8 * 2**20
 
 
