@@ -41,10 +41,12 @@ setuptools.setup(
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
         # TensorFlow Datasets uses importlib_resources without asking for it.
         "prepare": ["apache-beam>=2.72", "importlib_resources", "tensorflow-datasets>=4.9.10"],
+        "instructions": ["openai>=1.60"],
         "test": [
             "accelerate",
             "diffusers>=0.37",
             "hypothesis",
+            "openai>=1.60",
             "pytest>=8",
             "pytest-xdist",
             "ruff",
