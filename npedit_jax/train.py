@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
+    from npedit_jax.data.batches import TooManyBadRecords
     from npedit_jax.training import loop, previews, stages, workdirs
 
     try:
@@ -39,7 +40,10 @@ def main(argv: list[str]) -> int:
         workdirs.open_run(workdir, config)
     except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
         return _fail(error)
-    loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
+    try:
+        loop.run(config, stage, workdir, preview=previews.Previews(config, workdir))
+    except TooManyBadRecords as error:
+        return _fail(error)
     return 0
 
 

@@ -215,7 +215,7 @@ def _collect(
                 for future in finished:
                     line = future.result()
                     if "problem" in line:
-                        logging.warning("record %s: %s", found.describe(line["number"]), line["problem"])
+                        logging.warning("record %s: %s", found.shards.describe(line["number"]), line["problem"])
                     log.write(json.dumps(line, ensure_ascii=False) + "\n")
                     progress.update()
                 log.flush()

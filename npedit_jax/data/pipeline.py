@@ -120,13 +120,13 @@ def npedit(
     """
     texts, prompts = TextCache(text), QuestionCache(scorer)
 
-    def build(task, edit_type, example, rng):
+    def build(templates, prefix, edit_type, place, example, rng):
         del rng
         asked = questions_lib.edit_questions(
-            task.templates, edit_type, instruction=example.instruction, object=example.object
+            templates, edit_type, instruction=example.instruction, object=example.object
         )
         nothing = edit_type == "nothing"
-        instruction, cut = texts.fields("instruction", task.prefix + example.instruction)
+        instruction, cut = texts.fields("instruction", prefix + example.instruction)
         caption, caption_cut = texts.fields("caption", example.edited_caption)
         question, question_cut = prompts.fields(asked, len(asked), packed_length)
         fields = {
@@ -139,7 +139,7 @@ def npedit(
             "guidance": np.float32(guidance[edit_type]),
             "dmd_weight": np.float32(1.0),
             "identity_weight": np.float32(nothing),
-            "edit_type": np.int32(task.source.edit_types.index(edit_type)),
+            "edit_type": np.int32(place),
         }
         return fields, cut or caption_cut or question_cut
 
@@ -149,7 +149,9 @@ def npedit(
         total = sum(task.edit_weights.values()) or 1.0
         pools = task.source.edits({edit: weight / total for edit, weight in task.edit_weights.items()})
         for pool_name, pool in pools.items():
-            made = functools.partial(build, task, pool.edit_type)
+            # Workers are handed all this, and need nothing of the source itself.
+            place = tuple(task.source.edit_types).index(pool.edit_type)
+            made = functools.partial(build, task.templates, task.prefix, pool.edit_type, place)
             stream = _stream(pool, task.source, made)
             # The order of a single task does not depend on its name.
             streams[pool_name if len(tasks) == 1 else f"{name}/{pool_name}"] = dataclasses.replace(

@@ -134,11 +134,7 @@ def shard_name(name: str, number: int, shards: int) -> str:
 def describe_shard(path: epath.PathLike) -> None:
     """Writes PATH.json (checksum, sizes) and PATH.npz (index rows) for `write_manifest`; one record in memory."""
     path = epath.Path(path)
-    checksum, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            checksum.update(block)
-            size += len(block)
+    checksum, size = _checksum(path)
     reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
     names: dict[str, int] = {}
     rows = np.zeros(reader.num_records(), INDEX_TYPE)
@@ -148,7 +144,7 @@ def describe_shard(path: epath.PathLike) -> None:
     reader.close()
     with _beside(path, ".npz").open("wb") as file:
         np.savez(file, rows=rows, edit_types=np.array(list(names), dtype=str))
-    entry = {"file": path.name, "count": len(rows), "bytes": size, "sha256": checksum.hexdigest()}
+    entry = {"file": path.name, "count": len(rows), "bytes": size, "sha256": checksum}
     _beside(path, ".json").write_text(json.dumps(entry))
 
 
@@ -210,17 +206,59 @@ def write(directory: epath.PathLike, name: str, records: Iterable[Record], *, pe
     return Records(directory)
 
 
+class Shards:
+    """The shards of a directory, read at random; small enough to be handed to another process."""
+
+    def __init__(self, directory: epath.PathLike, shards: Sequence[Mapping[str, Any]]):
+        """`shards` are the manifest's; a file is opened when it is first read."""
+        self._directory, self._shards = epath.Path(directory), shards
+        self._data = array_record_data_source.ArrayRecordDataSource(
+            [_Shard(str(self._directory / shard["file"]), shard["count"]) for shard in shards]
+        )
+
+    def __getitem__(self, number: int) -> Record:
+        """Reads one record.
+
+        Raises:
+          RecordError: "unreadable" where the shard is damaged there, "schema" where it holds something else.
+        """
+        try:
+            data = self._data[int(number)]
+        except (RuntimeError, OSError) as error:
+            raise RecordError("unreadable", f"{self.describe(number)}: {error}") from error
+        return decode(data)
+
+    def describe(self, number: int) -> str:
+        """Shard and place of a record, which can be told when the record cannot be read."""
+        for shard in self._shards:
+            if number < shard["count"]:
+                return f"{shard['file']}#{number}"
+            number -= shard["count"]
+        raise IndexError(f"record {number} past the end")
+
+    def damaged(self, *, threads: int = 8) -> list[str]:
+        """Files that are missing or differ from the manifest's checksum; reads all of them."""
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(self._is_damaged, self._shards))
+        return [shard["file"] for shard, bad in zip(self._shards, found, strict=True) if bad]
+
+    def _is_damaged(self, shard: Mapping[str, Any]) -> bool:
+        path = self._directory / shard["file"]
+        return not path.exists() or _checksum(path) != (shard["sha256"], shard["bytes"])
+
+
 class Records:
-    """A directory of records, read at random.
+    """A directory of records.
 
     Attributes:
       directory: where they are.
       manifest: what manifest.json holds.
       index: structured array of INDEX_TYPE, a row for every record, those left out too.
+      shards: what reads them.
     """
 
     def __init__(self, directory: epath.PathLike):
-        """Reads manifest and index; shards are opened when they are first read.
+        """Reads manifest and index.
 
         Raises:
           FileNotFoundError: no manifest there.
@@ -239,9 +277,7 @@ class Records:
         counts = sum(shard["count"] for shard in self.manifest["shards"])
         if not len(self.index) == counts == self.manifest["count"] or self.index.dtype != INDEX_TYPE:
             raise ValueError(f"{directory}: {INDEX} has {len(self.index)} rows for {counts} records; prepare it anew")
-        self._data = array_record_data_source.ArrayRecordDataSource(
-            [_Shard(str(self.directory / shard["file"]), shard["count"]) for shard in self.manifest["shards"]]
-        )
+        self.shards = Shards(self.directory, self.manifest["shards"])
 
     @property
     def edit_types(self) -> list[str]:
@@ -256,41 +292,8 @@ class Records:
         return len(self.index)
 
     def __getitem__(self, number: int) -> Record:
-        """Reads one record.
-
-        Raises:
-          RecordError: "unreadable" where the shard is damaged there, "schema" where it holds something else.
-        """
-        try:
-            data = self._data[int(number)]
-        except (RuntimeError, OSError) as error:
-            raise RecordError("unreadable", f"{self.describe(number)}: {error}") from error
-        return decode(data)
-
-    def describe(self, number: int) -> str:
-        """Shard and place of a record, which can be told when the record cannot be read."""
-        for shard in self.manifest["shards"]:
-            if number < shard["count"]:
-                return f"{shard['file']}#{number}"
-            number -= shard["count"]
-        raise IndexError(f"record {number} past the end")
-
-    def damaged_shards(self, *, threads: int = 8) -> list[str]:
-        """Shards whose files are missing or differ from the manifest's checksum; reads all of them."""
-
-        def damaged(shard: Mapping[str, Any]) -> bool:
-            path, checksum = self.directory / shard["file"], hashlib.sha256()
-            if not path.exists():
-                return True
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    checksum.update(block)
-            return checksum.hexdigest() != shard["sha256"]
-
-        shards = self.manifest["shards"]
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(damaged, shards))
-        return [shard["file"] for shard, bad in zip(shards, found, strict=True) if bad]
+        """Reads one record; raises RecordError as `Shards` does."""
+        return self.shards[number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +311,16 @@ class _Shard:
 
 def _beside(path: epath.Path, suffix: str) -> epath.Path:
     return path.with_name(path.name + suffix)
+
+
+def _checksum(path: epath.Path) -> tuple[str, int]:
+    """SHA-256 and size of a file."""
+    checksum, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum.update(block)
+            size += len(block)
+    return checksum.hexdigest(), size
 
 
 def _row(record: Record, edit_type: int) -> tuple[int, ...]:

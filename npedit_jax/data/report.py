@@ -114,7 +114,7 @@ def _sample(found: Records, number: int) -> dict:
         record = found[number]
     except RecordError as error:
         nothing = dict.fromkeys(("instruction", "edit_type", "width", "height"), "")
-        return {"pixels": None, "problem": str(error), "id": found.describe(number), **nothing}
+        return {"pixels": None, "problem": str(error), "id": found.shards.describe(number), **nothing}
     shown = {name: getattr(record, name) for name in ("instruction", "edit_type", "width", "height", "id")}
     scale = 176 / record.width
     try:
@@ -134,7 +134,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         found = Records(arguments.records)
-        damaged = found.damaged_shards() if arguments.check else []
+        damaged = found.shards.damaged() if arguments.check else []
         write(found, arguments.output, samples=arguments.samples)
     except (FileNotFoundError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)

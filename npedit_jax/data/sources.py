@@ -13,7 +13,7 @@ import numpy as np
 
 from npedit_jax.data import buckets as buckets_lib
 from npedit_jax.data import edit_types, images
-from npedit_jax.data.records import RecordError, Records
+from npedit_jax.data.records import RecordError, Records, Shards
 
 # A mirrored image no longer fits a text that tells the sides apart, and mirrored letters are none.
 _SIDED = re.compile(
@@ -191,23 +191,35 @@ class RecordSource:
         weights = {name: self._weights.get(name, sum(sizes[name])) for name in numbers if sum(sizes[name])}
         total = sum(weights.values())
         return {
-            name: Pool(share * weight / total, sizes[name], functools.partial(self._read, name, numbers[name]))
+            name: Pool(share * weight / total, sizes[name], self._reader(name, numbers[name]))
             for name, weight in weights.items()
         }
 
-    def _read(
-        self, name: str, numbers: Sequence[np.ndarray], bucket: int, place: int, rng: np.random.Generator
-    ) -> Example:
-        number = int(numbers[bucket][place])
-        id = f"{name}#{number}"
+    def _reader(self, name: str, numbers: tuple[np.ndarray, ...]) -> "_Reader":
+        return _Reader(name, self._sets[name].shards, numbers, self.buckets, self._flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the records of a pool; holds no more of their index than their numbers, for worker processes' sake."""
+
+    name: str
+    shards: Shards
+    numbers: tuple[np.ndarray, ...]
+    buckets: Sequence[tuple[int, int]]
+    flip: float
+
+    def __call__(self, bucket: int, place: int, rng: np.random.Generator) -> Example:
+        number = int(self.numbers[bucket][place])
+        id = f"{self.name}#{number}"
         try:
-            record = self._sets[name][number]
-            id = f"{name}/{record.id}"
+            record = self.shards[number]
+            id = f"{self.name}/{record.id}"
             image = images.decode(record.image, self.buckets[bucket])
         except (RecordError, images.BadImage) as error:
             raise Unusable(id, error.reason, str(error)) from error
         texts = (record.instruction, record.edited_caption, record.input_caption)
-        if rng.random() < self._flip and not any(map(_SIDED.search, texts)):
+        if rng.random() < self.flip and not any(map(_SIDED.search, texts)):
             image = image[:, ::-1]
         return Example(image, *texts, record.object, id)
 

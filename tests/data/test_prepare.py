@@ -54,7 +54,7 @@ def test_records_are_the_items_in_order(edits):
     assert found[0].image == read("china") and (found[0].width, found[0].height) == (640, 427)
     manifest = found.manifest
     assert manifest["rejected"] == {"empty": 1, "missing_file": 1}
-    assert [shard["count"] for shard in manifest["shards"]] == [6, 5, 5, 6, 1] and found.damaged_shards() == []
+    assert [shard["count"] for shard in manifest["shards"]] == [6, 5, 5, 6, 1] and found.shards.damaged() == []
     assert manifest["left_out"] == dict.fromkeys(select.REASONS, 0) | {"duplicate": 1, "no_instruction": 1}
     assert manifest["kept"] == 21 and len(found.kept()) == 21
     rejected = [json.loads(line) for line in (found.directory / prepare.REJECTED).read_text().splitlines()]

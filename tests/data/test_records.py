@@ -71,7 +71,7 @@ def test_directory_of_records(tmp_path):
     assert [found.edit_types[number] for number in found.index["edit_type"]] == [one.edit_type for one in written]
     assert found.index["instruction"].tolist() == [len(one.instruction) for one in written]
     assert len(set(found.index["content"].tolist())) == 23
-    assert found.damaged_shards() == []
+    assert found.shards.damaged() == []
     assert sorted(path.name for path in (tmp_path / "cats").iterdir()) == sorted(
         ["manifest.json", "index.npz", *(shard["file"] for shard in manifest["shards"])]
     )
@@ -97,7 +97,7 @@ def test_damage_is_found(tmp_path):
     first.write_bytes(data)
     second.unlink()
     damaged = records.Records(tmp_path)
-    assert damaged.damaged_shards() == [first.name, second.name]
+    assert damaged.shards.damaged() == [first.name, second.name]
     assert damaged[0] == written[0] and damaged[2] == written[2]
     for number in (1, 3, 4):
         with pytest.raises(records.RecordError, match=f"array_record-0000{number // 3}-of-00002#{number % 3}") as error:
