@@ -4,6 +4,9 @@ import pathlib
 
 import setuptools
 
+# TensorFlow Datasets uses importlib_resources without asking for it.
+PREPARE = ["apache-beam>=2.72", "importlib_resources", "tensorflow-datasets>=4.9.10"]
+
 setuptools.setup(
     name="npedit_jax",
     version="0.1.0",
@@ -39,10 +42,10 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
-        # TensorFlow Datasets uses importlib_resources without asking for it.
-        "prepare": ["apache-beam>=2.72", "importlib_resources", "tensorflow-datasets>=4.9.10"],
+        "prepare": PREPARE,
         "instructions": ["openai>=1.60"],
         "test": [
+            *PREPARE,
             "accelerate",
             "diffusers>=0.37",
             "hypothesis",

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Height x width, all of about 512 x 512 pixels or a little less: those of the NP-Edit release.
+# Height x width, all of about 512 x 512 pixels or a little less: those of the NP-Edit release; the paper trained
+# at 512 x 512.
 BUCKETS = ((512, 512), (576, 448), (448, 576), (640, 384), (384, 640), (512, 384), (384, 512))
 
 

@@ -113,10 +113,6 @@ class Schedule(grain.transforms.DatasetSelectionMap):
         stream, rank = order[visit * self._samples + place]
         return self._part[streams[stream], self._bucket_numbers[chosen]], rank
 
-    def bucket(self, step: int) -> int:
-        """The bucket of a step."""
-        return self._bucket_numbers[self._buckets[step][0]]
-
 
 def plan(weights: np.ndarray, sizes: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps of each bucket [R] in a period, and samples of each stream in each bucket [S, R].

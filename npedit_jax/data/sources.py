@@ -219,7 +219,8 @@ class _Reader:
         except (RecordError, images.BadImage) as error:
             raise Unusable(id, error.reason, str(error)) from error
         texts = (record.instruction, record.edited_caption, record.input_caption)
-        if rng.random() < self.flip and not any(map(_SIDED.search, texts)):
+        sided = record.edit_type == "text" or any(map(_SIDED.search, texts))
+        if rng.random() < self.flip and not sided:
             image = image[:, ::-1]
         return Example(image, *texts, record.object, id)
 
