@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-PERIOD = 200  # steps, at least: how finely buckets' shares are kept
+# Steps of a period, least and most: a bucket has one step in it at least, so short periods show rare buckets too often.
+PERIODS = (200, 4000)
 _BLOCK = 1100  # samples over which streams keep their shares
 
 
@@ -125,8 +126,9 @@ def plan(weights: np.ndarray, sizes: np.ndarray, samples: int) -> tuple[np.ndarr
         return np.ones(1, np.int64), counts
     # A thousand periods of a share in thousandths are whole samples.
     unit = 1000 // math.gcd(samples, 1000)
-    period = -(-PERIOD // unit) * unit
     wanted = shares[:, None] * sizes / sizes.sum(axis=1, keepdims=True)
+    rarest = wanted.sum(axis=0)[sizes.any(axis=0)].min()
+    period = -(-int(np.clip(1 / rarest, *PERIODS)) // unit) * unit
     steps = apportion(wanted.sum(axis=0) * period, period)
     rows = apportion(shares * period * samples, period * samples)
     fitted = _fit_margins(wanted, rows, steps * samples)

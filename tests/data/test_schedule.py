@@ -76,6 +76,12 @@ def test_shares_of_the_full_size_config_are_exact():
     assert abs(visits[:, common] - 1).max() < 0.12
 
 
+def test_rare_buckets_come_up_rarely():
+    steps, counts = schedule.plan(np.array([1.0]), np.array([[100_000, 30]]), 384)
+    assert steps[1] == 1 and 3300 < steps.sum() <= 4000
+    assert counts.tolist() == (steps * 384)[None].tolist()
+
+
 def test_a_step_has_one_bucket_and_an_epoch_every_sample_once():
     sizes = np.array([[40, 10, 30], [7, 3, 0]])
     order = Schedule((0.75, 0.25), sizes, samples=8, seed=5)
