@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 MAX_PIXELS = 80_000_000  # a picture of more is taken for a decompression bomb; Pillow itself warns at 89 million
 MAX_BYTES = 64 * 2**20
 _BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
@@ -98,7 +99,8 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage("bomb", str(error)) from error
     except _DAMAGE as error:
-        raise BadImage("unknown", f"no readable {', '.join(FORMATS)} file: begins with {data[:12]!r}") from error
+        reason = "broken" if data.startswith(_SIGNATURES) else "unknown"
+        raise BadImage(reason, f"no readable {', '.join(FORMATS)} file: begins with {data[:12]!r}") from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("bomb", f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
     return image

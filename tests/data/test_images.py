@@ -156,7 +156,7 @@ def _bomb() -> bytes:
         (save(Image.new("RGB", (9, 9)), "GIF"), "unknown"),
         (read("china")[:-40_000], "truncated"),
         (read("chelsea")[:50_000], "truncated"),
-        (read("china")[:400], "unknown|truncated"),
+        (read("china")[:400], "broken|truncated"),
         (_bomb(), "bomb"),
         (save(Image.new("L", (10_000, 8_100)), "PNG"), "bomb"),
         (read("chelsea")[:30_000] + b"\xff" * 2000 + read("chelsea")[32_000:], "broken"),
