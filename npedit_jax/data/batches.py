@@ -200,7 +200,7 @@ class TextCache(dict):
     It holds the texts of a closed set; beyond its limit it starts anew.
     """
 
-    _LIMIT = 4096
+    _LIMIT = 1024
 
     def __init__(self, tokenizer: TextTokenizer):
         super().__init__()
@@ -225,7 +225,7 @@ class TextCache(dict):
 class QuestionCache(dict):
     """Prompts of questions, each tokenized once: (text, images) -> its row of QuestionTokens; limited as TextCache."""
 
-    _LIMIT = 4096
+    _LIMIT = 1024
 
     def __init__(self, tokenizer: ScorerTokenizer):
         super().__init__()
