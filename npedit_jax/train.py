@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
+    from npedit_jax.data.batches import TooManyBadRecords
     from npedit_jax.training import faults, hosts, loop, previews, stages, stopping, workdir_lock, workdirs
 
     with contextlib.ExitStack() as held:
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         except stopping.Stopped as stopped:
             _fail(stopped)
             return 128 + stopped.signal
-        except (faults.RunFault, OSError) as fault:
+        except (faults.RunFault, TooManyBadRecords, OSError) as fault:
             status = _fail(fault)
             if isinstance(fault, faults.DataStall):
                 _end_without_waiting(status)

@@ -18,9 +18,12 @@ Ablations, each one more option:
 
 from ml_collections import ConfigDict
 
+from npedit_jax.data.buckets import BUCKETS
+
 TIMES = (1.0, 0.9474, 0.8571, 0.6667)  # the release's, Z-Image's shift of 6; the paper: (1.0, 0.75, 0.5, 0.25)
-# Height x width, all of about 512 x 512 pixels, the release's; the paper trained at 512 x 512.
-BUCKETS = ((512, 512), (576, 448), (448, 576), (640, 384), (384, 640), (512, 384), (384, 512))
+# Of each host: processes that decode and tokenize, threads and ready batches in each, the share of bad records that
+# ends the run.
+READING = dict(workers=16, threads=1, buffer=1, max_bad_share=0.01)
 EDIT_TYPES = ("local_color_change", "texture", "shape_change", "insertion", "replace", "background_change", "style",
               "action", "text")  # fmt: skip
 STRONG = ("remove", "shape_change", "style", "action")  # edits that need a strong push away from the reference
@@ -104,6 +107,7 @@ def data() -> ConfigDict:
         dict(
             records="records/edits",
             buckets=BUCKETS,
+            reading=READING,
             text_tokenizer="weights/Z-Image/tokenizer",
             text_length=512,
             scorer_tokenizer="weights/InternVL3-14B",

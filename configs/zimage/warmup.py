@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         dict(
             records="records/edits",
             buckets=npedit.BUCKETS,
+            reading=npedit.READING,
             text_tokenizer="weights/Z-Image/tokenizer",
             text_length=512,  # tokens
             options=dict(caption_dropout=0.1, flip=0.5),

@@ -113,10 +113,10 @@ def batch_shapes(config: Config, side: tuple[int, int]) -> dict[str, jax.ShapeDt
         f"{name}_ids": jax.ShapeDtypeStruct((*lead, config.data.text_length), jnp.int32),
         f"{name}_mask": jax.ShapeDtypeStruct((*lead, config.data.text_length), bool),
     }
-    found = {"reference": array((*side, 3), jnp.uint8)} | text("caption")
+    found = {"reference": array((*side, 3), jnp.uint8), "weight": array((), jnp.float32)} | text("caption")
     if not edits:
         return found
-    names = ("guidance", "dmd_weight", "identity_weight", "weight")
+    names = ("guidance", "dmd_weight", "identity_weight")
     found |= text("instruction") | text("negative", (leading[0], 1)) | {name: array((), jnp.float32) for name in names}
     found |= {"answer": array((2,), jnp.int32), "question_weight": array((2,), jnp.float32)}
     packed = config.data.options.get("packed_length", 0)

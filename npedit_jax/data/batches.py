@@ -1,29 +1,38 @@
 """From samples to batches: Grain datasets whose order is a pure function of the seed.
 
-A `grain.MapDataset` of batches holds batch k under index k, however it is reached. Images go through each stream in an
-order shuffled anew every epoch; streams (one per edit type, say) are interleaved in exact proportions; everything that
-is drawn for a sample comes from the seed, the stream and the sample's place in it.
+A `grain.MapDataset` of batches holds batch k under index k, however it is reached and by however many hosts. Each
+stream goes through its samples of a bucket in an order shuffled anew every epoch; streams are mixed in exact
+proportions (`data.schedule`); everything that is drawn for a sample comes from the seed, the stream and the sample's
+place in it. A sample that turns out bad keeps its place, with weight 0.
 
 Shapes: B batch, L text tokens, Q questions per sample, S tokens of a question's prompt, T inner batches.
 """
 
+import collections
 import dataclasses
 import functools
-import math
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags, logging
 
 from npedit_jax.data import packing
 from npedit_jax.data import questions as questions_lib
+from npedit_jax.data.schedule import Schedule
 from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer, TextTokenizer
 
 Sample = dict[str, Any]
-Draw = Callable[[int, np.random.Generator], Sample]  # (image number, rng) -> one sample
+# (bucket, number of the sample in it, rng) -> one sample
+Draw = Callable[[int, int, np.random.Generator], Sample]
+NOTES = "notes"  # field of a batch that tells about its records; it never reaches a device
+_PATIENCE = 1000  # samples that are counted as read from the start on, when the share of bad ones is asked for
+
+
+class TooManyBadRecords(Exception):
+    """More records than the configured share could not be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,68 +51,200 @@ class Feed:
     host: tuple[int, int] = (0, 1)
     inner_batches: int = 0
 
+    @property
+    def samples(self) -> int:
+        """Samples of this host in a step."""
+        return max(1, self.inner_batches) * self.batch_size
 
-def batches(streams: Mapping[str, tuple[float, Draw]], images: int, feed: Feed) -> grain.MapDataset:
-    """Batches from streams, name -> (weight, draw), each going through all images in an order of its own."""
-    streams = {name: stream for name, stream in sorted(streams.items()) if stream[0] > 0}
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Samples that are gone through epoch by epoch.
+
+    Attributes:
+      weight: share of the samples, in any unit; 0 leaves the stream out.
+      sizes: samples of each bucket.
+      draw: makes one; it may use the bucket only to know the size of the images.
+    """
+
+    weight: float
+    sizes: tuple[int, ...]
+    draw: Draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a host reads ahead; none of it changes what is read.
+
+    Attributes:
+      workers: processes that make batches; 0 makes them in this one.
+      threads: in each process.
+      buffer: batches that wait ready, in each process.
+      max_bad_share: share of bad records that ends the run, counted over at least a thousand samples.
+    """
+
+    workers: int = 0
+    threads: int = 1
+    buffer: int = 4
+    max_bad_share: float = 0.01
+
+
+def batches(streams: Mapping[str, Stream], feed: Feed) -> grain.MapDataset:
+    """Batches of streams by name; all samples of a step are of one bucket, the same on every host.
+
+    Raises:
+      ValueError: no stream has a weight, one has no samples, or they differ in the number of buckets.
+    """
+    streams = {name: stream for name, stream in sorted(streams.items()) if stream.weight > 0}
     if not streams:
         raise ValueError("no stream has a weight above 0; give at least one")
-    parts = [
-        grain.MapDataset.range(images).seed(_stream_seed(feed.seed, name)).shuffle().repeat().random_map(draw)
-        for name, (_, draw) in streams.items()
-    ]
-    order = Interleave([weight for weight, _ in streams.values()], feed.seed)
-    mixed = grain.MapDataset.select_from_datasets(parts, HostShare(order, feed))
-    inner = max(1, feed.inner_batches)
-    leading = (inner, feed.batch_size) if feed.inner_batches else (feed.batch_size,)
+    empty = [name for name, stream in streams.items() if not sum(stream.sizes)]
+    if empty:
+        raise ValueError(f"no samples for {empty}; give them records, or the weight 0")
+    sizes = np.array([stream.sizes for stream in streams.values()])
+    order = Schedule([stream.weight for stream in streams.values()], sizes, feed.samples * feed.host[1], feed.seed)
+    parts = [_part(feed.seed, name, streams[name], bucket) for name, bucket in _named(order.parts, list(streams))]
+    leading = (feed.inner_batches, feed.batch_size) if feed.inner_batches else (feed.batch_size,)
     stack = functools.partial(_stack, leading=leading)
-    return mixed.batch(inner * feed.batch_size, drop_remainder=True, batch_fn=stack)
+    mixed = grain.MapDataset.select_from_datasets(parts, HostShare(order, feed))
+    return mixed.batch(feed.samples, drop_remainder=True, batch_fn=stack)
 
 
-def iterate(dataset: grain.MapDataset, *, threads: int = 1, buffer: int = 4) -> grain.DatasetIterator:
-    """Iterates from batch 0, `threads` preparing up to `buffer` batches ahead; has get_state and set_state."""
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
+class Batches:
+    """Iterates over batches from any of them on, reading ahead; counts what was bad or cut and keeps it from the step.
+
+    Its state is the number of batches and the counts: neither the number of hosts nor `Reading` is part of it.
+
+    Attributes:
+      counts: samples read, bad ones and texts cut, and bad ones by reason, since the run began: on this host.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, reading: Reading):
+        self._dataset, self._reading = dataset, reading
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._next = 0
+        self._iterator: Any = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Sample:
+        """The next batch, arrays alone.
+
+        Raises:
+          TooManyBadRecords: with the counts by reason.
+        """
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = dict(next(self._iterator))
+        self._next += 1
+        self._note(batch.pop(NOTES))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"next_index": self._next, "counts": dict(self.counts)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint, of any number of hosts."""
+        self._next = state["next_index"]
+        self.counts = collections.Counter(state["counts"])
+        self._iterator = None
+
+    def _start(self) -> Any:
+        reading = self._reading
+        options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.buffer)
+        ahead = self._dataset[self._next :].to_iter_dataset(options)
+        if reading.workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands the program's flags to its workers, even where there are none
+                flags.FLAGS.mark_as_parsed()
+            processes = grain.MultiprocessingOptions(reading.workers, per_worker_buffer_size=reading.buffer)
+            ahead = ahead.mp_prefetch(processes)
+        return iter(ahead)
+
+    def _note(self, notes: Mapping[str, np.ndarray]) -> None:
+        bad = notes["reason"] != ""
+        self.counts["samples"] += bad.size
+        self.counts["bad"] += int(bad.sum())
+        self.counts["cut"] += int(notes["cut"].sum())
+        for place in zip(*np.nonzero(notes["cut"]), strict=True):
+            logging.info("cut a text of record %s to the configured length", notes["id"][place])
+        if not bad.any():
+            return
+        for place in zip(*np.nonzero(bad), strict=True):
+            reason = str(notes["reason"][place])
+            self.counts[f"bad/{reason}"] += 1
+            logging.warning("bad record %s (%s): %s", notes["id"][place], reason, notes["message"][place])
+        if self.counts["bad"] > self._reading.max_bad_share * max(self.counts["samples"], _PATIENCE):
+            reasons = {name: count for name, count in self.counts.items() if name.startswith("bad/")}
+            raise TooManyBadRecords(
+                f"{self.counts['bad']} of {self.counts['samples']} samples were bad: {reasons}. The log names each; "
+                f"the limit is a share of {self._reading.max_bad_share}, data.reading.max_bad_share in the config"
+            )
+
+
+def iterate(dataset: grain.MapDataset, reading: Reading = Reading()) -> Batches:  # noqa: B008
+    """Iterates from batch 0; the result has get_state and set_state."""
+    return Batches(dataset, reading)
+
+
+def arrays(batch: Sample) -> Sample:
+    """A batch without the notes about its records."""
+    return {name: value for name, value in batch.items() if name != NOTES}
 
 
 class TextCache(dict):
-    """Tokens of texts, each tokenized once: text -> (ids int32 [L], mask bool [L])."""
+    """Tokens of texts, each tokenized once: text -> (ids int32 [L], mask bool [L], whether it was cut).
+
+    It holds the texts of a closed set; beyond its limit it starts anew.
+    """
+
+    _LIMIT = 1024
 
     def __init__(self, tokenizer: TextTokenizer):
         super().__init__()
         self._tokenizer = tokenizer
 
-    def __missing__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def __reduce__(self) -> tuple[type, tuple[TextTokenizer]]:
+        return type(self), (self._tokenizer,)  # a worker begins with an empty one
+
+    def __missing__(self, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
+        if len(self) >= self._LIMIT:
+            self.clear()
         ids, mask, cut = self._tokenizer([text])
-        if cut[0]:
-            raise ValueError(f"a text does not fit in {self._tokenizer.length} tokens, raise the text length: {text!r}")
-        self[text] = ids[0], mask[0]
+        self[text] = ids[0], mask[0], bool(cut[0])
         return self[text]
 
-    def fields(self, name: str, text: str) -> Sample:
-        """The text's ids and mask under `name`_ids and `name`_mask."""
-        ids, mask = self[text]
-        return {f"{name}_ids": ids, f"{name}_mask": mask}
+    def fields(self, name: str, text: str) -> tuple[Sample, bool]:
+        """The text's ids and mask under `name`_ids and `name`_mask; and whether it was cut."""
+        ids, mask, cut = self[text]
+        return {f"{name}_ids": ids, f"{name}_mask": mask}, cut
 
 
 class QuestionCache(dict):
-    """Prompts of questions, each tokenized once: (text, images) -> its row of QuestionTokens."""
+    """Prompts of questions, each tokenized once: (text, images) -> its row of QuestionTokens; limited as TextCache."""
+
+    _LIMIT = 1024
 
     def __init__(self, tokenizer: ScorerTokenizer):
         super().__init__()
         self._tokenizer = tokenizer
 
+    def __reduce__(self) -> tuple[type, tuple[ScorerTokenizer]]:
+        return type(self), (self._tokenizer,)
+
     def __missing__(self, key: tuple[str, tuple[int, ...]]) -> QuestionTokens:
+        if len(self) >= self._LIMIT:
+            self.clear()
         text, images = key
         tokens = self._tokenizer([questions_lib.Question("", text, images, 1.0)])
-        if tokens.cut[0]:
-            raise ValueError(
-                f"a question does not fit in {self._tokenizer.length} tokens, raise the question length: {text!r}"
-            )
         self[key] = QuestionTokens(*(field[0] for field in tokens))
         return self[key]
 
-    def fields(self, asked: Sequence[questions_lib.Question], places: int, packed_length: int = 0) -> Sample:
-        """The prompts of one sample's questions, as the scorer takes them.
+    def fields(
+        self, asked: Sequence[questions_lib.Question], places: int, packed_length: int = 0
+    ) -> tuple[Sample, bool]:
+        """The prompts of one sample's questions, as the scorer takes them; and whether any was cut.
 
         Args:
           asked: at least one question.
@@ -115,41 +256,33 @@ class QuestionCache(dict):
           "packed_segments" and "packed_image_index" [S], and "answer_place" [Q].
         """
         rows, repeats = [self[question.text, question.images] for question in asked], places - len(asked)
+        cut = any(bool(row.cut) for row in rows)
         if packed_length:
             row = packing.pack(rows, packed_length)
             fields = {f"packed_{name}": value for name, value in row._asdict().items()}
-            return fields | {"answer_place": _repeat_first(fields.pop("packed_answer_place"), repeats)}
+            return fields | {"answer_place": _repeat_first(fields.pop("packed_answer_place"), repeats)}, cut
         ids, mask, image_index, _ = (_repeat_first(np.stack(field), repeats) for field in zip(*rows, strict=True))
-        return {"question_ids": ids, "question_mask": mask, "image_index": image_index}
+        return {"question_ids": ids, "question_mask": mask, "image_index": image_index}, cut
 
 
-class Interleave(grain.transforms.DatasetSelectionMap):
-    """Which stream, and which of its samples, stands at each place: exact shares over every period.
+def notes(id: str, *, cut: bool = False, reason: str = "", message: str = "") -> Sample:
+    """What is told about a sample's record: its id, whether a text was cut, and why it is bad where it is."""
+    return {"id": np.str_(id), "cut": np.bool_(cut), "reason": np.str_(reason), "message": np.str_(message[:200])}
 
-    Shares are rounded to thousandths, so a period has at most about a thousand places. Each period has an order of its
-    own: in a fixed one, the same part of every step's batch could miss a stream for ever.
-    """
 
-    def __init__(self, weights: Sequence[float], seed: int):
-        shares = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
-        self._counts = [share // math.gcd(*shares) for share in shares]
-        self._seed = seed
-        self._order = functools.lru_cache(maxsize=16)(self._draw_order)
+def _named(parts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[tuple[str, int]]:
+    return [(names[stream], bucket) for stream, bucket in parts]
 
-    def __len__(self) -> int:
-        return sys.maxsize
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        period, place = divmod(index, sum(self._counts))
-        stream, rank = self._order(period)[place]
-        return stream, period * self._counts[stream] + rank
+def _part(seed: int, name: str, stream: Stream, bucket: int) -> grain.MapDataset:
+    """A stream's samples of one bucket, in a fresh order every epoch."""
+    draw = functools.partial(_draw, stream.draw, bucket)
+    order = grain.MapDataset.range(stream.sizes[bucket]).seed(_part_seed(seed, name, bucket)).shuffle().repeat()
+    return order.random_map(draw)
 
-    def _draw_order(self, period: int) -> list[tuple[int, int]]:
-        """(stream, rank within the period's samples of that stream) at each place of a period."""
-        streams = np.repeat(np.arange(len(self._counts)), self._counts)
-        streams = np.random.default_rng([self._seed, period]).permutation(streams).tolist()
-        ranks = [iter(range(count)) for count in self._counts]
-        return [(stream, next(ranks[stream])) for stream in streams]
+
+def _draw(draw: Draw, bucket: int, number: int, rng: np.random.Generator) -> Sample:
+    return draw(bucket, number, rng)
 
 
 class HostShare(grain.transforms.DatasetSelectionMap):
@@ -175,10 +308,15 @@ def _repeat_first(rows: np.ndarray, times: int) -> np.ndarray:
 
 
 def _stack(samples: Sequence[Sample], leading: tuple[int, ...]) -> Sample:
-    stacked = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
-    return {key: value.reshape(*leading, *value.shape[1:]) for key, value in stacked.items()}
+    def stack(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {name: stack([value[name] for value in values]) for name in values[0]}
+        stacked = np.stack(values)
+        return stacked.reshape(*leading, *stacked.shape[1:])
+
+    return stack(samples)
 
 
-def _stream_seed(seed: int, name: str) -> int:
-    """A seed of its own for each stream, so that streams do not go through the images in step."""
-    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
+def _part_seed(seed: int, name: str, bucket: int) -> int:
+    """A seed of its own for each part, so that streams do not go through the images in step."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode()), bucket]).generate_state(1)[0])

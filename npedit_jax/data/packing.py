@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npedit_jax.data.tokenize import QuestionTokens
+from npedit_jax.data.tokenize import QuestionTokens, TextError
 
 
 class PackedQuestions(NamedTuple):
@@ -55,13 +55,13 @@ def pack(asked: Sequence[QuestionTokens], length: int, pad: int = 0) -> PackedQu
       pad: token id on padding.
 
     Raises:
-      ValueError: the questions do not fit in the row.
+      TextError: the questions do not fit in the row.
     """
     prompts = [(tokens.ids[tokens.mask], tokens.image_index[tokens.mask]) for tokens in asked]
     shared = shared_length(prompts)
     used = shared + sum(len(ids) - shared for ids, _ in prompts)
     if used > length:
-        raise ValueError(f"packed questions take {used} tokens and the row has {length}; raise packed_length")
+        raise TextError(f"packed questions take {used} tokens and the row has {length}; raise packed_length")
     own = range(len(prompts) - 1, -1, -1)
     pieces = [(0, 0, shared, 0)] + [(q, shared, len(prompts[q][0]), 1 + q) for q in own]
     ends = np.cumsum([end - begin for _, begin, end, _ in pieces])

@@ -3,6 +3,7 @@
 Shapes: B batch, H height, W width, L text tokens, Q questions per sample, S tokens of a question's prompt.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,93 +11,87 @@ from typing import Any
 import grain
 import numpy as np
 
+from npedit_jax.data import batches as batches_lib
 from npedit_jax.data import easyvqa, easyvqa_edits
 from npedit_jax.data import questions as questions_lib
-from npedit_jax.data.batches import Draw, Feed, QuestionCache, Sample, TextCache, batches
-from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
+from npedit_jax.data.batches import Feed, QuestionCache, Sample, Stream, TextCache, batches, notes
+from npedit_jax.data.sources import DO_NOTHING, Example, Pool, Source, Unusable
+from npedit_jax.data.tokenize import ScorerTokenizer, TextError, TextTokenizer
 
 Pairs = Callable[[int, np.random.Generator], Any]  # (image number, rng) -> images and questions about them
+# (example, rng) -> the fields of a sample, and whether a text was cut; raises TextError
+Build = Callable[[Example, np.random.Generator], tuple[Sample, bool]]
 
 
-def stage_dataset(
-    stage: str, data: easyvqa.EasyVQA, feed: Feed, *, fraction: float = 1.0, **options: Any
-) -> grain.MapDataset:
-    """The batches of a stage.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What an editor is trained for: samples, and what the scorer is asked about them.
+
+    Attributes:
+      source: of the samples.
+      edit_weights: share of each edit type, in any unit; exact over a stretch of steps.
+      templates: of the questions.
+      prefix: what instructions begin with, for the student alone.
+      weight: share of the samples among all tasks, in any unit.
+    """
+
+    source: Source
+    edit_weights: Mapping[str, float]
+    templates: questions_lib.Templates
+    prefix: str = ""
+    weight: float = 1.0
+
+
+def stage_dataset(stage: str, source: Any, feed: Feed, **options: Any) -> grain.MapDataset:
+    """The batches of a stage; beside the fields that its function tells, each has `batches.NOTES` about its records.
 
     Args:
-      fraction: share of the images to train on, the first ones.
+      source: a Source, for "npedit" Tasks by name, for "scorer" and "supervised" easy-VQA.
       options: those of the stage's function in this module.
 
     Raises:
-      ValueError: unknown stage, or a fraction outside (0, 1].
+      ValueError: unknown stage.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; choose one of {tuple(STAGES)}")
-    return STAGES[stage](data.fraction(fraction), feed, **options)
+    return STAGES[stage](source, feed, **options)
 
 
-def autoencoder(
-    data: easyvqa.EasyVQA, feed: Feed, *, plain_share: float = 0.0, redraw: float = 0.0, flip: float = 0.0
-) -> grain.MapDataset:
-    """{"image": uint8 [B, H, W, 3]}; options as in `base`."""
+def autoencoder(source: Source, feed: Feed, **pictures: float) -> grain.MapDataset:
+    """{"image": uint8 [B, H, W, 3]}; options are those of the source's `pictures`."""
 
-    def sample(draw, index, rng):
-        return {"image": draw(data, index, rng)[0]}
+    def build(example, rng):
+        del rng
+        return {"image": example.image}, False
 
-    return batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
+    return batches(_streams(source.pictures(**pictures), source, build), feed)
 
 
 def base(
-    data: easyvqa.EasyVQA,
-    feed: Feed,
-    *,
-    text: TextTokenizer,
-    caption_dropout: float = 0.1,
-    plain_share: float = 0.0,
-    redraw: float = 0.0,
-    flip: float = 0.0,
-    instruction_share: float = 0.0,
+    source: Source, feed: Feed, *, text: TextTokenizer, caption_dropout: float = 0.1, **pictures: float
 ) -> grain.MapDataset:
-    """{"image": uint8 [B, H, W, 3], "caption_ids": int32 [B, L], "caption_mask": bool [B, L]}.
+    """{"image": uint8 [B, H, W, 3], "caption_ids": int32 [B, L], "caption_mask": bool [B, L], "weight": float32 [B]}.
 
     Args:
       caption_dropout: probability of the empty caption.
-      plain_share: share of images that are the bare ground, so that the model knows the empty picture.
-      redraw: probability that an image's shape gives way to one drawn anew: any colour, class, place and size.
-      flip: probability that an image is mirrored left to right.
-      instruction_share: probability that an instruction which would lead to the image stands in for its caption. A text
-        encoder that learns here alone would otherwise never meet the words of instructions. No other image is seen.
+      pictures: options of the source's `pictures`.
     """
-    captions = TextCache(text)
-
-    def sample(draw, index, rng):
-        image, shape = draw(data, index, rng)
-        instructed = rng.random() < instruction_share
-        words = easyvqa.instruction_towards(shape, rng) if instructed else easyvqa.caption(shape, rng)
-        return {"image": image} | captions.fields("caption", _drop(words, caption_dropout, rng))
-
-    return batches(_picture_streams(sample, plain_share, redraw=redraw, flip=flip), len(data), feed)
+    build = functools.partial(_captioned, TextCache(text), "image", caption_dropout)
+    return batches(_streams(source.pictures(**pictures), source, build), feed)
 
 
-def warmup(data: easyvqa.EasyVQA, feed: Feed, *, text: TextTokenizer, caption_dropout: float = 0.1) -> grain.MapDataset:
-    """{"reference": uint8 [B, H, W, 3], "caption_ids": int32 [B, L], "caption_mask": bool [B, L]}: its own caption."""
-    captions = TextCache(text)
-
-    def sample(index, rng):
-        caption = _drop(easyvqa.caption(data.shapes[index], rng), caption_dropout, rng)
-        return {"reference": data.images[index]} | captions.fields("caption", caption)
-
-    return batches({"all": (1.0, sample)}, len(data), feed)
+def warmup(source: Source, feed: Feed, *, text: TextTokenizer, caption_dropout: float = 0.1) -> grain.MapDataset:
+    """As `base`, with "reference" in the place of "image": images of the data alone, each with its own caption."""
+    build = functools.partial(_captioned, TextCache(text), "reference", caption_dropout)
+    return batches(_streams(source.captioned(), source, build), feed)
 
 
 def npedit(
-    data: easyvqa.EasyVQA,
+    tasks: Mapping[str, Task],
     feed: Feed,
     *,
     text: TextTokenizer,
     scorer: ScorerTokenizer,
-    templates: questions_lib.Templates,
-    edit_weights: Mapping[str, float],
     guidance: Mapping[str, float],
     question_weights: tuple[float, float] = (1.0, 1.0),
     negative_prompt: str = "",
@@ -108,13 +103,13 @@ def npedit(
     the caption being that of the edited image; "question_ids", "image_index": int32 [B, 2, S], "question_mask":
     bool [B, 2, S], "answer": int32 [B, 2] (1 yes, 0 no), "question_weight": float32 [B, 2], all of edit verification,
     then identity; "guidance", "dmd_weight", "identity_weight" (1 on "nothing"), "weight" (0 on a bad record):
-    float32 [B]; "edit_type": int32 [B], index into easyvqa.EDIT_TYPES; "negative_ids": int32 [1, L], "negative_mask":
-    bool [1, L], of the whole batch}. With inner batches each has a leading T. Packed questions come as "packed_ids",
-    "packed_positions", "packed_segments", "packed_image_index": int32 [B, packed_length] and "answer_place": int32
-    [B, 2] in the place of the three "question_" and "image_index" arrays.
+    float32 [B]; "edit_type": int32 [B], place in the source's `edit_types`; "negative_ids": int32 [1, L],
+    "negative_mask": bool [1, L], of the whole batch}. With inner batches each has a leading T. Packed questions come as
+    "packed_ids", "packed_positions", "packed_segments", "packed_image_index": int32 [B, packed_length] and
+    "answer_place": int32 [B, 2] in the place of the three "question_" and "image_index" arrays.
 
     Args:
-      edit_weights: share of each edit type, in any unit; exact over a stretch of steps.
+      tasks: by name; their sources have the same buckets.
       guidance: guidance scale of the real score by edit type.
       question_weights: of edit verification and identity; "nothing" is asked the identity question alone.
       negative_prompt: what the real score is guided away from.
@@ -123,36 +118,51 @@ def npedit(
     Raises:
       ValueError: unknown edit type, or one without a guidance scale.
     """
-    unknown = [name for name in edit_weights if name not in easyvqa.EDIT_TYPES or name not in guidance]
-    if unknown:
-        raise ValueError(f"edit types {unknown} need a guidance scale and must be among {easyvqa.EDIT_TYPES}")
     texts, prompts = TextCache(text), QuestionCache(scorer)
 
-    def sample(edit_type, index, rng):
-        edit = easyvqa.draw_edit(rng, data.shapes[index], edit_type)
-        asked = questions_lib.edit_questions(templates, edit_type, instruction=edit.instruction, object=edit.object)
+    def build(templates, prefix, edit_type, place, example, rng):
+        del rng
+        asked = questions_lib.edit_questions(
+            templates, edit_type, instruction=example.instruction, object=example.object
+        )
         nothing = edit_type == "nothing"
-        return {
-            "reference": data.images[index],
-            **texts.fields("instruction", edit.instruction),
-            **texts.fields("caption", easyvqa.caption(edit.target, rng)),
-            **prompts.fields(asked, len(asked), packed_length),
-            "answer": np.array([question.answer for question in asked], np.int32),
+        instruction, cut = texts.fields("instruction", prefix + example.instruction)
+        caption, caption_cut = texts.fields("caption", example.edited_caption)
+        question, question_cut = prompts.fields(asked, len(asked), packed_length)
+        fields = {
+            "reference": example.image,
+            **instruction,
+            **caption,
+            **question,
+            "answer": np.array([item.answer for item in asked], np.int32),
             "question_weight": np.array((0.0 if nothing else question_weights[0], question_weights[1]), np.float32),
             "guidance": np.float32(guidance[edit_type]),
             "dmd_weight": np.float32(1.0),
             "identity_weight": np.float32(nothing),
-            "weight": np.float32(1.0),
-            "edit_type": np.int32(easyvqa.EDIT_TYPES.index(edit_type)),
+            "edit_type": np.int32(place),
         }
+        return fields, cut or caption_cut or question_cut
 
-    streams = {name: (weight, functools.partial(sample, name)) for name, weight in edit_weights.items()}
+    streams = {}
+    for name, task in tasks.items():
+        _check_edit_types(task, guidance)
+        total = sum(task.edit_weights.values()) or 1.0
+        pools = task.source.edits({edit: weight / total for edit, weight in task.edit_weights.items()})
+        for pool_name, pool in pools.items():
+            # Workers are handed all this, and need nothing of the source itself.
+            place = tuple(task.source.edit_types).index(pool.edit_type)
+            made = functools.partial(build, task.templates, task.prefix, pool.edit_type, place)
+            stream = _stream(pool, task.source, made)
+            # The order of a single task does not depend on its name.
+            streams[pool_name if len(tasks) == 1 else f"{name}/{pool_name}"] = dataclasses.replace(
+                stream, weight=pool.weight * task.weight
+            )
     leading = (feed.inner_batches, 1) if feed.inner_batches else (1,)
     negative = {
         key: np.broadcast_to(value, (*leading, *value.shape))
-        for key, value in texts.fields("negative", negative_prompt).items()
+        for key, value in texts.fields("negative", negative_prompt)[0].items()
     }
-    return batches(streams, len(data), feed).map(lambda batch: batch | negative)
+    return batches(streams, feed).map(lambda batch: batch | negative)
 
 
 def scorer(
@@ -181,7 +191,8 @@ def scorer(
     prompts = QuestionCache(tokenizer)
     answer_ids = {word: tokenizer.answer_id(word) for word in ("No", "Yes", *easyvqa.COLORS, *easyvqa.CLASSES)}
 
-    def sample(index, rng):
+    def sample(bucket, index, rng):
+        del bucket
         example = pairs(index, rng)
         if len(example.questions) > questions:
             raise ValueError(
@@ -195,13 +206,14 @@ def scorer(
         words = [answer_ids[question.word] for question in example.questions]
         return {
             "images": np.stack(example.images),
-            **prompts.fields(asked, questions, packed_length),
+            **prompts.fields(asked, questions, packed_length)[0],
             "answer_ids": np.array([(answer_ids["No"], word) for word in words + words[:1] * pad], np.int32),
             "answer": np.array([question.answer for question in asked] + [0.0] * pad, np.float32),
             "question_weight": np.array([question.weight for question in example.questions] + [0.0] * pad, np.float32),
+            batches_lib.NOTES: notes(f"easyvqa/{index}"),
         }
 
-    return batches({"all": (1.0, sample)}, len(data), feed)
+    return batches({"all": Stream(1.0, (len(data),), sample)}, feed)
 
 
 def supervised(
@@ -209,20 +221,25 @@ def supervised(
 ) -> grain.MapDataset:
     """Pairs made by pixel operations, for the upper bound that the editor's training is compared with.
 
-    {"reference", "target": uint8 [B, H, W, 3], "instruction_ids": int32 [B, L], "instruction_mask": bool [B, L]}.
+    {"reference", "target": uint8 [B, H, W, 3], "instruction_ids": int32 [B, L], "instruction_mask": bool [B, L],
+    "weight": float32 [B]}.
 
     Args:
       edit_weights: share of each edit type, in any unit.
     """
     texts = TextCache(text)
 
-    def sample(edit_type, index, rng):
+    def sample(edit_type, bucket, index, rng):
+        del bucket
         edit = easyvqa.draw_edit(rng, data.shapes[index], edit_type)
         images = {"reference": data.images[index], "target": easyvqa_edits.apply(data.images[index], edit)}
-        return images | texts.fields("instruction", edit.instruction)
+        fields, cut = texts.fields("instruction", edit.instruction)
+        return images | fields | {"weight": np.float32(1.0), batches_lib.NOTES: notes(f"easyvqa/{index}", cut=cut)}
 
-    streams = {name: (weight, functools.partial(sample, name)) for name, weight in edit_weights.items()}
-    return batches(streams, len(data), feed)
+    return batches(
+        {name: Stream(weight, (len(data),), functools.partial(sample, name)) for name, weight in edit_weights.items()},
+        feed,
+    )
 
 
 STAGES: Mapping[str, Callable[..., grain.MapDataset]] = {
@@ -235,49 +252,48 @@ STAGES: Mapping[str, Callable[..., grain.MapDataset]] = {
 }
 
 
-def _picture_streams(
-    sample: Callable[..., Sample], plain_share: float, **changes: float
-) -> dict[str, tuple[float, Draw]]:
-    return {
-        "shape": (1.0 - plain_share, functools.partial(sample, functools.partial(_draw_picture, **changes))),
-        "plain": (plain_share, functools.partial(sample, _draw_plain)),
-    }
+def _check_edit_types(task: Task, guidance: Mapping[str, float]) -> None:
+    known = task.source.edit_types
+    unknown = [name for name in task.edit_weights if name not in known or name not in guidance]
+    if unknown:
+        raise ValueError(f"edit types {unknown} need a guidance scale and must be among {tuple(known)}")
 
 
-def _drop(text: str, probability: float, rng: np.random.Generator) -> str:
-    return "" if rng.random() < probability else text
+def _captioned(
+    captions: TextCache, image: str, dropout: float, example: Example, rng: np.random.Generator
+) -> tuple[Sample, bool]:
+    words = "" if rng.random() < dropout else example.input_caption
+    fields, cut = captions.fields("caption", words)
+    return {image: example.image, **fields}, cut
 
 
-def _draw_plain(data: easyvqa.EasyVQA, index: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
-    """An image's bare ground."""
-    del rng
-    return np.broadcast_to(data.grounds[index], data.images[index].shape), None
+def _streams(pools: Mapping[str, Pool], source: Source, build: Build) -> dict[str, Stream]:
+    return {name: _stream(pool, source, build) for name, pool in pools.items()}
 
 
-def _draw_picture(
-    data: easyvqa.EasyVQA, index: int, rng: np.random.Generator, redraw: float, flip: float
-) -> tuple[np.ndarray, easyvqa.Shape]:
-    """An image of the data, or another shape on its ground."""
-    image, shape = data.images[index], data.shapes[index]
-    if rng.random() < redraw:
-        shape = easyvqa.Shape(_pick(easyvqa.COLORS, rng), _pick(easyvqa.CLASSES, rng))
-        image = _redraw(data.grounds[index], shape, image.shape[:2], rng)
-    return (image[:, ::-1] if rng.random() < flip else image), shape
+def _stream(pool: Pool, source: Source, build: Build) -> Stream:
+    return Stream(pool.weight, pool.sizes, functools.partial(_sample, pool, tuple(source.buckets), build))
 
 
-def _redraw(ground: np.ndarray, shape: easyvqa.Shape, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A shape of any size and place that the data can have, on a ground [3]."""
-    # In half pixels, as the data's own shapes are placed: a circle stays as wide as it is high.
-    sides = rng.integers(round(2 * easyvqa_edits.SMALLEST), round(2 * easyvqa_edits.LARGEST), size=2, endpoint=True)
-    width, other = sides.tolist()
-    triangle = round(width * easyvqa_edits.TRIANGLE_HEIGHT)
-    height = {"circle": width, "rectangle": other, "triangle": triangle}[shape.kind]
-    top, left = rng.integers(0, (2 * size[0] - height, 2 * size[1] - width), endpoint=True).tolist()
-    box = (top / 2, left / 2, (top + height) / 2, (left + width) / 2)
-    coverage = easyvqa_edits.coverage(shape.kind, box, size)[..., None]
-    color = np.array(easyvqa.PALETTE[shape.color], np.float32)
-    return np.rint(ground + coverage * (color - ground)).astype(np.uint8)
-
-
-def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    return options[int(rng.integers(len(options)))]
+def _sample(
+    pool: Pool,
+    buckets: Sequence[tuple[int, int]],
+    build: Build,
+    bucket: int,
+    number: int,
+    rng: np.random.Generator,
+) -> Sample:
+    """A sample of the pool, or where its record is bad one of weight 0 that says so."""
+    id = ""
+    try:
+        example = pool.read(bucket, number, rng)
+        id = example.id
+        fields, cut = build(example, rng)
+    except Unusable as error:
+        told = notes(error.id, reason=error.reason, message=str(error))
+    except TextError as error:
+        told = notes(id, reason="text", message=str(error))
+    else:
+        return fields | {"weight": np.float32(1.0), batches_lib.NOTES: notes(id, cut=cut)}
+    blank = Example(np.zeros((*buckets[bucket], 3), np.uint8), DO_NOTHING[0], "", "", "", "")
+    return build(blank, rng)[0] | {"weight": np.float32(0.0), batches_lib.NOTES: told}

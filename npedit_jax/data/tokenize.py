@@ -85,6 +85,10 @@ _QWEN2_PIECES = (
 )
 
 
+class TextError(ValueError):
+    """A text that its tokenizer cannot take."""
+
+
 class TextTokens(NamedTuple):
     """Token ids int32 [B, L], mask bool [B, L] (True on tokens, right-padded), and which texts were cut, bool [B]."""
 
@@ -134,7 +138,8 @@ class TextTokenizer:
             raise ValueError(f"the {prompt!r} prompt alone is longer than {length} tokens; raise the length")
 
     def __call__(self, texts: Sequence[str]) -> TextTokens:
-        """Tokenizes texts; raises ValueError naming the words that a word-level vocabulary lacks."""
+        """Tokenizes texts; raises TextError for special tokens in them, and words that a closed vocabulary lacks."""
+        _refuse_special(self._tokenizer, texts)
         rows = [_encode(self._tokenizer, self._prefix + text + self._suffix) for text in texts]
         return TextTokens(*_pad(rows, self.length, self._suffix_ids, self._pad))
 
@@ -172,26 +177,30 @@ class ScorerTokenizer:
         """Tokenizes questions; a question that is too long loses its end, never the images or the end of the prompt.
 
         Raises:
-          ValueError: words that a word-level vocabulary lacks, or a length that the images and the prompt alone exceed.
+          TextError: words that a word-level vocabulary lacks, special tokens in a text, or a length that the images and
+            the prompt alone exceed.
         """
-        rows = [
-            _encode(self._tokenizer, self._chat.prompt(question.images, question.text, self.image_tokens))
-            for question in questions
-        ]
+        _refuse_special(self._tokenizer, [question.text for question in questions])
+        rows = [self._encode(question) for question in questions]
         ids, mask, cut = _pad(rows, self.length, self._suffix_ids, self._pad)
         image_index = np.full(ids.shape, -1, np.int32)
         for row, question in enumerate(questions):
             places = ids[row] == self._image_token
             expected = len(question.images) * self.image_tokens
             if places.sum() != expected:
-                token = self._chat.image_token
-                raise ValueError(
-                    f"expected {expected} {token} of {len(question.images)} image(s) among the prompt's "
-                    f"{self.length} tokens; found {places.sum()}: raise the length, or take {token} out of it"
+                raise TextError(
+                    f"expected {expected} {self._chat.image_token} of {len(question.images)} image(s) among the "
+                    f"prompt's {self.length} tokens; found {places.sum()}: raise the length"
                 )
             table = [image * self.image_tokens + np.arange(self.image_tokens) for image in question.images]
             image_index[row, places] = np.concatenate(table)
         return QuestionTokens(ids, mask, image_index, cut)
+
+    def _encode(self, question: questions_lib.Question) -> list[int]:
+        """The prompt's ids. An image is encoded as one token and repeated after: long runs of them take long."""
+        ids = _encode(self._tokenizer, self._chat.prompt(question.images, question.text, 1))
+        repeats = {self._image_token: self.image_tokens}
+        return [token for token in ids for _ in range(repeats.get(token, 1))]
 
     def answer_id(self, answer: str) -> int:
         """The id of an answer; raises ValueError where it is not one token."""
@@ -286,12 +295,21 @@ def _require(tokenizer: tokenizers.Tokenizer, directory: epath.PathLike, tokens:
         raise ValueError(f"the tokenizer in {directory} has no {missing}; its vocabulary does not fit this use")
 
 
+def _refuse_special(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+    """Raises TextError where a text would write over the prompt around it."""
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    for text in texts:
+        found = [token for token in special if token in text]
+        if found:
+            raise TextError(f"a text holds the special tokens {found}; take them out of it: {text[:100]!r}")
+
+
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = zip(encoding.tokens, encoding.offsets, strict=True)
     unknown = [text[slice(*span)] for token, span in spans if token == UNKNOWN]
     if unknown:
-        raise ValueError(f"unknown words: {', '.join(unknown)}; the network's vocabulary is closed, use other words")
+        raise TextError(f"unknown words: {', '.join(unknown)}; the network's vocabulary is closed, use other words")
     return encoding.ids
 
 

@@ -21,7 +21,7 @@ from npedit_jax.objectives import feedback, flow, matching, unroll
 from npedit_jax.pixels import to_pixels
 from npedit_jax.sampling import Text, encode_text
 from npedit_jax.training import steps
-from npedit_jax.training.steps import Batch, Metrics, Modules, Params
+from npedit_jax.training.steps import Batch, Metrics, Modules, Params, average
 
 PROBES = ("dmd", "scorer")
 INSIDE = 1.0 - 1e-4
@@ -233,11 +233,6 @@ def student_loss(
         metrics |= scorer_metrics
     total = average(losses, weight)
     return total, metrics | {"loss": total}
-
-
-def average(x_B: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """Weighted mean over the batch; 0 where all weights are."""
-    return jnp.sum(x_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1e-6)
 
 
 def scorer_loss(

@@ -51,7 +51,7 @@ def _run(
 ) -> state.TrainState:
     train_state, frozen = stage.start(), stage.frozen()
     guard = config.guard if "guard" in config else GUARD
-    batches = Watched(iterate(stage.dataset), guard.data_seconds)
+    batches = Watched(iterate(stage.dataset, stage.reading), guard.data_seconds)
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     start, found = 0, checkpoints.newest(lambda step: checkpoints.restore(step, train_state))
     if found:
@@ -84,7 +84,8 @@ def _run(
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, limit, pending)
             if step % config.log.every == 0 or step == config.steps:
-                pending = (step, metrics, meter.read())
+                counts = {f"data/{name}": batches.counts[name] for name in ("bad", "cut")}
+                pending = (step, metrics, meter.read() | counts)
             profiler.after(step, metrics)
             bar.update()
             stopped = stop.asked_for(step)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from npedit_jax import parallel, sampling
+from npedit_jax.data.batches import arrays
 from npedit_jax.models import lora
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import stages
@@ -82,7 +83,7 @@ def function(
 
 def first_batch(stage: stages.Stage) -> dict[str, np.ndarray]:
     """This host's first samples of the stage's data, without an axis of inner batches."""
-    batch = stage.dataset[0]
+    batch = arrays(stage.dataset[0])
     if stage.inner_batches:
         batch = {name: value[0] for name, value in batch.items()}
     # One device needs no more samples than are shown; several need a sample each.

@@ -15,7 +15,10 @@ from jax.sharding import Mesh
 
 from npedit_jax import chips, flops, parallel
 from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
-from npedit_jax.data.batches import Feed
+from npedit_jax.data.batches import Feed, Reading, arrays
+from npedit_jax.data.easyvqa_source import EasyVQASource
+from npedit_jax.data.records import Records
+from npedit_jax.data.sources import RecordSource, Source
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.models import lora
 from npedit_jax.training import edit_step, networks, optimizer, state, steps, telemetry
@@ -38,6 +41,7 @@ class Stage:
       mesh: the devices that the parameters are spread over.
       step: `(state, frozen, batch, rng) -> (state, metrics)`, compiled; it takes the state over.
       dataset: this host's share of each batch, as dictionaries of numpy arrays.
+      reading: how a host reads them ahead.
       inner_batches: batches have this leading axis before the batch axis; 0 for none.
       adapted: networks of which only adapters are trained: adapters stand in the place of their parameters.
       offload: what lies in the hosts' memory between programs, see `offload`.
@@ -49,6 +53,7 @@ class Stage:
     mesh: Mesh
     step: steps.Step
     dataset: grain.MapDataset
+    reading: Reading = Reading()
     inner_batches: int = 0
     adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
     offload: tuple[str, ...] = ()
@@ -91,6 +96,7 @@ def build(config: Config) -> Stage:
         mesh=mesh,
         step=compiled_step(config, {name: network.params for name, network in made.items()}, modules, mesh),
         dataset=DATASETS[config.stage](config, modules),
+        reading=Reading(**config.data.reading) if "reading" in config.data else Reading(),
         inner_batches=inner_batches(config),
         adapted=adapted(config),
         offload=offload(config),
@@ -214,7 +220,7 @@ def expected_runs(config: Config) -> dict[str, float]:
 
 def work(config: Config, stage: Stage) -> telemetry.Work:
     """What a step works through. FLOPs are counted, which takes a trace, where the device's peak is known."""
-    batch = stage.dataset[0]
+    batch = arrays(stage.dataset[0])
     images = max((x for x in batch.values() if x.dtype == np.uint8), key=lambda x: x.size)
     leading, hosts = (2 if stage.inner_batches else 1), parallel.host_share(stage.mesh)[1]
     samples = int(np.prod(images.shape[:leading])) * hosts
@@ -322,31 +328,77 @@ def _feed(config: Config) -> Feed:
     return Feed(config.seed, config.batch_size // parts, (number, parts), inner_batches(config))
 
 
-def _dataset(config: Config, data: easyvqa.EasyVQA | None = None, **extra: Any) -> grain.MapDataset:
-    data = data or easyvqa.load("train")
-    return pipeline.stage_dataset(config.stage, data, _feed(config), **config.data.options.to_dict(), **extra)
-
-
 def _images(config: Config, modules: Modules) -> grain.MapDataset:
     del modules
-    return _dataset(config)
+    source, options = _source(config)
+    return pipeline.stage_dataset(config.stage, source, _feed(config), **options)
 
 
 def _images_with_text(config: Config, modules: Modules) -> grain.MapDataset:
     del modules
-    return _dataset(config, text=_text(config))
+    source, options = _source(config)
+    return pipeline.stage_dataset(config.stage, source, _feed(config), text=_text(config), **options)
+
+
+def _easyvqa_pairs(config: Config, modules: Modules) -> grain.MapDataset:
+    del modules
+    data, options = easyvqa.load("train"), config.data.options.to_dict()
+    return pipeline.supervised(data, _feed(config), text=_text(config), **options)
 
 
 def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
     templates, data = questions.TEMPLATES[config.data.templates], easyvqa.load("train")
     pairs = scorer_pairs.PairSource(data, templates, config.data.options.questions)
     tokenizer = _questions(config, modules["scorer"].image_tokens)
-    return _dataset(config, data, tokenizer=tokenizer, templates=templates, pairs=pairs)
+    options = dict(tokenizer=tokenizer, templates=templates, pairs=pairs, **config.data.options.to_dict())
+    return pipeline.scorer(data, _feed(config), **options)
 
 
 def _edits(config: Config, modules: Modules) -> grain.MapDataset:
+    source, options = _source(config)
+    weights = options.pop("edit_weights")
+    tasks = {"": pipeline.Task(source, weights, questions.TEMPLATES[config.data.templates])}
+    if "tasks" in config.data:
+        tasks = {name: _task(config, name, weights) for name in config.data.tasks}
     scorer = _questions(config, modules["scorer"].image_tokens)
-    return _dataset(config, text=_text(config), scorer=scorer, templates=questions.TEMPLATES[config.data.templates])
+    return pipeline.npedit(tasks, _feed(config), text=_text(config), scorer=scorer, **options)
+
+
+def _task(config: Config, name: str, weights: Mapping[str, float]) -> pipeline.Task:
+    """One of several tasks: editing with all edit types, or another, which is an edit type of its own."""
+    spec = config.data.tasks[name]
+    source, _ = _source(config, spec.records or config.data.records)
+    return pipeline.Task(
+        source,
+        weights if name == "editing" else {name: 1.0},
+        questions.TEMPLATES[spec.templates],
+        questions.TASK_PREFIXES[name] if config.data.task_prefix else "",
+        spec.weight,
+    )
+
+
+def _source(config: Config, records: str = "") -> tuple[Source, dict[str, Any]]:
+    """Where samples come from, and the options that are left for the stage."""
+    options = config.data.options.to_dict()
+    fraction = options.pop("fraction", 1.0)
+    if "records" not in config.data:
+        return EasyVQASource(easyvqa.load("train").fraction(fraction)), options
+    sets, weights = _sets(records or config.data.records)
+    flip = options.pop("flip", 0.0)
+    return RecordSource(sets, config.data.buckets, weights=weights, fraction=fraction, flip=flip), options
+
+
+def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:
+    """Sets of records by the name of their directory, and their weights: "DIR" or "DIR=WEIGHT,DIR=WEIGHT"."""
+    sets, weights = {}, {}
+    for path in paths.split(","):
+        directory, _, weight = path.partition("=")
+        name = directory.rstrip("/").rsplit("/", 1)[-1]
+        if name in sets:
+            raise ValueError(f"two sets of records are called {name!r} in {paths!r}; rename one directory")
+        sets[name] = Records(directory)
+        weights |= {name: float(weight)} if weight else {}
+    return sets, weights
 
 
 def _text(config: Config) -> TextTokenizer:
@@ -365,5 +417,5 @@ DATASETS: Mapping[str, Callable[[Config, Modules], grain.MapDataset]] = {
     "scorer": _scorer_pairs,
     "warmup": _images_with_text,
     "npedit": _edits,
-    "supervised": _images_with_text,
+    "supervised": _easyvqa_pairs,
 }

@@ -143,9 +143,15 @@ def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, *
             rng,
             **flow_settings,
         )
-        return jnp.mean(losses), {"loss": jnp.mean(losses)}
+        total = average(losses, batch["weight"])
+        return total, {"loss": total}
 
     return _train(loss, rules, ema=ema, skip_norm=skip_norm)
+
+
+def average(x_B: jax.Array, weight_B: jax.Array) -> jax.Array:
+    """Weighted mean over the batch, leaving out records that could not be read; 0 where all weights are."""
+    return jnp.sum(x_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1e-6)
 
 
 def student_flow_step(
@@ -186,7 +192,8 @@ def student_flow_step(
             reference=reference,
             **flow_settings,
         )
-        return jnp.mean(losses), {"loss": jnp.mean(losses)}
+        total = average(losses, batch["weight"])
+        return total, {"loss": total}
 
     # The pad tokens are the base model's: the student shares them with the score networks.
     pad_tokens = ("x_pad_token", "cap_pad_token")

@@ -13,6 +13,7 @@ from etils import epath
 FREE_FIELDS = (
     "mesh.*",
     "offload",
+    "data.reading.*",
     "checkpoint.*",
     "guard.*",
     "log.*",

@@ -7,7 +7,8 @@ import pytest
 
 from npedit_jax import weights
 from npedit_jax.data import easyvqa, packing, pipeline, questions
-from npedit_jax.data.batches import Feed
+from npedit_jax.data.batches import Feed, arrays
+from npedit_jax.data.easyvqa_source import EasyVQASource
 from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer, TextTokenizer
 from npedit_jax.objectives import feedback
 from npedit_jax.training import edit_losses, networks, steps
@@ -77,15 +78,13 @@ def both_layouts(tokenizer):
     options = dict(
         text=TextTokenizer(networks.resolve(f"{PACKAGE}text_encoder"), 16),
         scorer=tokenizer,
-        templates=questions.EASYVQA,
-        edit_weights=dict.fromkeys(easyvqa.EDIT_TYPES, 0.25),
         guidance=dict.fromkeys(easyvqa.EDIT_TYPES, 2.0),
-        fraction=0.01,
     )
-    data = easyvqa.load("train")
-    make = lambda length: pipeline.stage_dataset(  # noqa: E731
-        "npedit", data, Feed(0, 8), packed_length=length, **options
-    )[0]
+    source = EasyVQASource(easyvqa.load("train").fraction(0.01))
+    task = pipeline.Task(source, dict.fromkeys(easyvqa.EDIT_TYPES, 0.25), questions.EASYVQA)
+    make = lambda length: arrays(  # noqa: E731
+        pipeline.stage_dataset("npedit", {"": task}, Feed(0, 8), packed_length=length, **options)[0]
+    )
     return make(0), make(PACKED)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from npedit_jax.data import batches, easyvqa, easyvqa_edits, pipeline, questions, scorer_pairs, tokenize
-from npedit_jax.data.batches import Feed
+from npedit_jax.data.batches import Feed, Reading
+from npedit_jax.data.easyvqa_source import EasyVQASource
 from npedit_jax.training import steps
 
 LENGTH, IMAGE_TOKENS, PROMPT = 16, 4, 64
@@ -62,8 +63,17 @@ def make(data, tokenizers):
         "supervised": dict(text=text, edit_weights=EDIT_WEIGHTS),
     }
 
-    def build(stage, feed=None, **changes):
-        return pipeline.stage_dataset(stage, data, feed or Feed(0, 8), **(options[stage] | changes))
+    def build(stage, feed=None, *, fraction=1.0, notes=False, **changes):
+        chosen, given = data.fraction(fraction), options[stage] | changes
+        if stage in ("scorer", "supervised"):
+            source = chosen
+        elif stage == "npedit":
+            source = EasyVQASource(chosen)
+            source = {"": pipeline.Task(source, given.pop("edit_weights"), given.pop("templates"))}
+        else:
+            source = EasyVQASource(chosen)
+        dataset = pipeline.stage_dataset(stage, source, feed or Feed(0, 8), **given)
+        return dataset if notes else dataset.map(batches.arrays)
 
     return build
 
@@ -86,10 +96,11 @@ ASKED = lambda q: {  # noqa: E731
     "image_index": ("int32", (B, q, S)),
     "question_weight": ("float32", (B, q)),
 }
+WEIGHT = {"weight": ("float32", (B,))}
 SPECS = {
-    "autoencoder": {"image": ("uint8", (B, H, H, 3))},
-    "base": {"image": ("uint8", (B, H, H, 3)), **TEXT("caption")},
-    "warmup": {"reference": ("uint8", (B, H, H, 3)), **TEXT("caption")},
+    "autoencoder": {"image": ("uint8", (B, H, H, 3)), **WEIGHT},
+    "base": {"image": ("uint8", (B, H, H, 3)), **WEIGHT, **TEXT("caption")},
+    "warmup": {"reference": ("uint8", (B, H, H, 3)), **WEIGHT, **TEXT("caption")},
     "npedit": {
         "reference": ("uint8", (B, H, H, 3)),
         **TEXT("instruction"),
@@ -107,7 +118,11 @@ SPECS = {
         "answer_ids": ("int32", (B, 3, 2)),
         "answer": ("float32", (B, 3)),
     },
-    "supervised": {**{name: ("uint8", (B, H, H, 3)) for name in ("reference", "target")}, **TEXT("instruction")},
+    "supervised": {
+        **{name: ("uint8", (B, H, H, 3)) for name in ("reference", "target")},
+        **WEIGHT,
+        **TEXT("instruction"),
+    },
 }
 
 
@@ -122,7 +137,7 @@ def test_keys_types_and_shapes(make, stage):
 def test_batch_is_the_same_however_reached(make, stage):
     once, again = make(stage), make(stage)
     again[7], again[3]
-    iterated = list(itertools.islice(batches.iterate(make(stage), threads=3), 6))
+    iterated = list(itertools.islice(batches.iterate(make(stage, notes=True), Reading(threads=3)), 6))
     for number in (5, 0, 3):
         assert same(once[number], again[number]) and same(once[number], iterated[number])
     assert not same(once[0], once[1])
@@ -131,12 +146,12 @@ def test_batch_is_the_same_however_reached(make, stage):
 
 @pytest.mark.parametrize("stage", ["base", "npedit"])
 def test_iterator_continues_from_its_state(make, stage):
-    whole = list(itertools.islice(batches.iterate(make(stage)), 9))
-    first = batches.iterate(make(stage), threads=2)
+    whole = list(itertools.islice(batches.iterate(make(stage, notes=True)), 9))
+    first = batches.iterate(make(stage, notes=True), Reading(threads=2))
     for _ in range(4):
         next(first)
     state = first.get_state()
-    second = batches.iterate(make(stage), threads=1, buffer=1)
+    second = batches.iterate(make(stage, notes=True), Reading(buffer=1))
     second.set_state(state)
     for batch in whole[4:]:
         assert same(next(second), batch)
@@ -305,31 +320,19 @@ def test_wrong_options(make, stage, changes, message):
         make(stage, **changes)
 
 
-def test_unknown_stage_and_short_texts(data, tokenizers, make):
+def test_unknown_stage(data):
     with pytest.raises(ValueError, match="unknown stage 'finetune'"):
         pipeline.stage_dataset("finetune", data, Feed(0, 8))
+
+
+def test_cut_texts_and_questions_are_counted(tokenizers, make):
     short = copy.copy(tokenizers[0])
     short.length = 5
-    with pytest.raises(ValueError, match="does not fit in 5 tokens"):
-        make("warmup", text=short)[0]
-
-
-@pytest.mark.parametrize("weights", [(1.0,), (1, 1, 1), (0.9, 0.1), (3, 7), (1, 5000)])
-def test_interleave_visits_each_stream_in_order_with_its_share(weights):
-    interleave = batches.Interleave(weights, seed=3)
-    order = [interleave[index] for index in range(2000)]
-    for stream, weight in enumerate(weights):
-        own = [place for chosen, place in order if chosen == stream]
-        assert own == list(range(len(own)))
-        assert abs(len(own) / 2000 - weight / sum(weights)) < 2e-3
-
-
-def test_interleave_gives_every_place_of_a_step_every_stream():
-    interleave = batches.Interleave((3, 1), seed=0)
-    for place in range(4):  # a step of 4 samples is one period long
-        assert {interleave[4 * step + place][0] for step in range(100)} == {0, 1}
-    assert interleave[7] == batches.Interleave((3, 1), seed=0)[7]
-    assert [interleave[i] for i in range(40)] != [batches.Interleave((3, 1), seed=1)[i] for i in range(40)]
+    iterator = batches.iterate(make("warmup", text=short, caption_dropout=0.5, notes=True))
+    batch = next(iterator)
+    empty = batch["caption_mask"].sum(axis=-1) == 1
+    assert 0 < iterator.counts["cut"] == (~empty).sum() < 8 and iterator.counts["samples"] == 8
+    assert iterator.counts["bad"] == 0 and (batch["weight"] == 1).all()
 
 
 def test_supervised_targets_are_the_edits_done_by_hand(make, data):

@@ -103,7 +103,7 @@ def test_lengths_that_cannot_work():
 
 def test_a_placeholder_in_the_text_is_an_error():
     asked = questions.Question("vqa", "is <IMG_CONTEXT> there?", (1,), 1.0)
-    with pytest.raises(ValueError, match="take <IMG_CONTEXT> out"):
+    with pytest.raises(ValueError, match="<IMG_CONTEXT>.*take them out"):
         tokenize.ScorerTokenizer(GOLDEN, 16, 450)([asked])
 
 

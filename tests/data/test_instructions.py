@@ -1,0 +1,192 @@
+"""Writing of instructions, against a stand-in for the model's server."""
+
+import base64
+import collections
+import http.server
+import io
+import json
+import threading
+
+import openai
+import pytest
+from PIL import Image
+
+from npedit_jax.data import instructions, records
+from npedit_jax.data.instructions import Asker, InvalidAnswer, NoEdit
+from tests.data import record_sets
+
+GOOD = dict(
+    input_caption="a cat on a sofa",
+    object="the cat",
+    instruction="Remove the cat from the sofa.",
+    edited_caption="a sofa",
+)
+
+
+class Server:
+    """A server of the OpenAI chat API on the loopback address that answers by `reply(request number, messages)`.
+
+    A reply is the text of the answer, or a status to fail with.
+    """
+
+    def __init__(self, reply):
+        self.requests = []
+        outer, lock = self, threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.requests.append(body)
+                    answer = reply(len(outer.requests), body["messages"])
+                status = answer if isinstance(answer, int) else 200
+                message = {"role": "assistant", "content": answer}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                reply_body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                data = json.dumps({"error": "busy"} if status != 200 else reply_body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        self.client = openai.OpenAI(base_url=address, api_key="none", max_retries=3, timeout=10)
+        self.address = address
+
+    def close(self):
+        self.client.close()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Twelve images without texts; the last one has an instruction."""
+    made = record_sets.photograph_records(12)
+    for number in range(12):
+        texts = dict(instruction="", edited_caption="", input_caption="", object="", edit_type="")
+        record_sets.changed(made, number, **texts)
+    record_sets.changed(made, 11, instruction="make it night", edit_type="style")
+    return record_sets.write(tmp_path_factory.mktemp("bare") / "bare", made)
+
+
+def asked(request) -> str:
+    return request["messages"][0]["content"][1]["text"]
+
+
+def test_every_record_gets_its_texts(serve, bare, tmp_path):
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    shares = {"remove": 1.0, "style": 1.0}
+    written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares=shares, concurrency=3)
+    assert len(server.requests) == 12 and len(written) == 12
+    for number in range(11):
+        record = written[number]
+        assert {field: getattr(record, field) for field in instructions.FIELDS} == GOOD
+        assert record.edit_type in shares and record.image == bare[number].image and record.id == bare[number].id
+    last = written[11]
+    assert (last.instruction, last.edit_type, last.edited_caption) == ("make it night", "style", "a sofa")
+    kinds = collections.Counter(written[number].edit_type for number in range(11))
+    assert len(kinds) == 2
+    for request in server.requests:
+        image = request["messages"][0]["content"][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+        assert Image.open(io.BytesIO(base64.b64decode(image))).size in {(96, 96), (96, 160), (160, 96)}
+        assert request["model"] == "vlm"
+    texts = [asked(request) for request in server.requests]
+    assert sum("make it night" in text for text in texts) == 1
+    assert sum(instructions.KINDS["remove"] in text for text in texts) == kinds["remove"]
+
+
+def test_failures_are_retried_and_bad_answers_asked_for_again(serve, bare):
+    replies = [503, "no JSON", json.dumps({**GOOD, "object": ""}), 500, json.dumps(GOOD)]
+    server = serve(lambda number, messages: replies[number - 1])
+    assert Asker(server.client, "vlm")(bare[0], "remove") == GOOD
+    assert len(server.requests) == 5
+    assert "it is no JSON object" in server.requests[2]["messages"][-1]["content"]
+    assert "object is empty" in server.requests[4]["messages"][-1]["content"]
+    assert len(server.requests[4]["messages"]) == 3  # the first question and the last answer alone
+    hopeless = serve(lambda number, messages: "never")
+    with pytest.raises(InvalidAnswer, match="no JSON"):
+        Asker(hopeless.client, "vlm", tries=2)(bare[0], "remove")
+    assert len(hopeless.requests) == 2
+
+
+def test_resumes_without_asking_twice(serve, bare, tmp_path):
+    def reply(number, messages):
+        return json.dumps(GOOD) if number <= 5 else 400
+
+    broken = serve(reply)
+    with pytest.raises(openai.OpenAIError):
+        instructions.run(bare, tmp_path, Asker(broken.client, "vlm"), shares={"remove": 1.0}, concurrency=1)
+    answers = tmp_path / instructions.ANSWERS
+    assert len(answers.read_text().split()) > 5 and answers.read_text().count("number") == 5
+    with answers.open("a") as file:
+        file.write('{"number": 5, "edit_ty')  # a write that an outage cut
+    server = serve(lambda number, messages: json.dumps(GOOD | {"edited_caption": "second run"}))
+    written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
+    captions = [written[number].edited_caption for number in range(12)]
+    assert captions == ["a sofa"] * 5 + ["second run"] * 7 and len(server.requests) == 7
+
+
+def test_records_without_a_usable_answer_stay_without_texts(serve, bare, tmp_path):
+    none = json.dumps(GOOD | {"instruction": "NONE"})
+    server = serve(lambda number, messages: none if number % 2 else "nonsense")
+    written = instructions.run(
+        bare, tmp_path, Asker(server.client, "vlm", tries=1), shares={"text": 1.0}, concurrency=1
+    )
+    assert [written[number].instruction for number in range(11)] == [""] * 11
+    assert written.manifest["left_out"]["no_instruction"] == 11 or written.manifest["kept"] == 0
+    problems = [json.loads(line)["problem"] for line in (tmp_path / instructions.ANSWERS).read_text().splitlines()]
+    assert {problem.split(":")[0] for problem in problems} == {"NoEdit", "InvalidAnswer"}
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"instruction": ""}, "instruction is empty"),
+        ({"instruction": "x" * 301}, "longer than 300"),
+        ({"edited_caption": "a cat on a sofa"}, "change nothing"),
+        ({"instruction": "Remove the dog."}, "does not name the object"),
+        ({"object": None}, "needs the texts"),
+    ],
+)
+def test_checks(changes, complaint):
+    assert instructions.check(f"```json\n{json.dumps(GOOD)}\n```", "remove") == GOOD
+    with pytest.raises(InvalidAnswer, match=complaint):
+        instructions.check(json.dumps(GOOD | changes), "remove")
+    for text in ("[]", "3", "", '{"instruction": "x"}'):
+        with pytest.raises(InvalidAnswer):
+            instructions.check(text, "remove")
+    with pytest.raises(NoEdit):
+        instructions.check(json.dumps(GOOD | {"instruction": "none."}), "text")
+
+
+def test_command(serve, bare, tmp_path, monkeypatch, capsys):
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    arguments = ["--records", str(bare.directory), "--endpoint", server.address, "--model", "vlm"]
+    monkeypatch.setattr("sys.argv", ["instructions", *arguments, "--output", str(tmp_path / "out")])
+    assert instructions.main() == 0
+    assert "12 records kept" in capsys.readouterr().out or len(records.Records(tmp_path / "out")) == 12
+    assert instructions.main() == 1 and "finished records" in capsys.readouterr().err
+    for wrong in (["--edit-types", "zoom=1"], ["--edit-types", "remove"]):
+        monkeypatch.setattr("sys.argv", ["instructions", *arguments, *wrong, "--output", str(tmp_path / "other")])
+        assert instructions.main() == 1

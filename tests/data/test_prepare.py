@@ -1,0 +1,111 @@
+"""Preparation through Beam and TensorFlow Datasets, where the extra `prepare` is installed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("apache_beam")
+pytest.importorskip("tensorflow_datasets")
+
+from npedit_jax.data import layouts, prepare, records, select
+from tests.data.photographs import PHOTOGRAPHS, picture, read, save
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """25 items of the release's layout; two of them broken."""
+    (tmp_path / "images").mkdir()
+    for name, path in PHOTOGRAPHS.items():
+        (tmp_path / "images" / path.name).write_bytes(read(name))
+    (tmp_path / "images" / "cut.jpg").write_bytes(b"")
+    names = [path.name for path in PHOTOGRAPHS.values()]
+    items = [
+        dict(
+            id=f"item-{number}",
+            input_image_path=names[number % 8],
+            edit_instruction=f"remove thing {number}",
+            edited_caption="without it",
+            input_description="with it",
+            edit_type="remove" if number % 3 else "style",
+            category="thing",
+            dataset_source="test",
+        )
+        for number in range(25)
+    ]
+    items[7]["input_image_path"], items[13]["input_image_path"] = "cut.jpg", "gone.jpg"
+    items[21]["edit_instruction"] = items[20]["edit_instruction"]
+    items[21]["input_image_path"] = items[20]["input_image_path"]
+    items[22]["edit_instruction"] = ""
+    (tmp_path / "merged_edit_data.json").write_text(json.dumps(items))
+    return tmp_path
+
+
+def prepared(edits, **options):
+    layout = layouts.layout("release", [str(edits / "merged_edit_data.json")], str(edits / "images"))
+    return prepare.prepare(layout, "tiny", edits / "out", per_shard=6, **({"max_rejected_share": 0.1} | options))
+
+
+def test_records_are_the_items_in_order(edits):
+    found = prepared(edits)
+    assert found.directory == edits / "out" / "edits" / "tiny" / "1.0.0"
+    assert [found[number].id for number in range(len(found))] == [f"item-{n}" for n in range(25) if n not in (7, 13)]
+    assert found[0].image == read("china") and (found[0].width, found[0].height) == (640, 427)
+    manifest = found.manifest
+    assert manifest["rejected"] == {"empty": 1, "missing_file": 1}
+    assert [shard["count"] for shard in manifest["shards"]] == [6, 5, 5, 6, 1] and found.shards.damaged() == []
+    assert manifest["left_out"] == dict.fromkeys(select.REASONS, 0) | {"duplicate": 1, "no_instruction": 1}
+    assert manifest["kept"] == 21 and len(found.kept()) == 21
+    rejected = [json.loads(line) for line in (found.directory / prepare.REJECTED).read_text().splitlines()]
+    assert [item["reason"] for item in rejected] == ["empty", "missing_file"]
+    assert "gone.jpg" in rejected[1]["message"]
+    files = {path.name for path in found.directory.iterdir()}
+    assert files == {"manifest.json", "index.npz", "rejected.jsonl", "dataset_info.json", "features.json"} | {
+        shard["file"] for shard in manifest["shards"]
+    }
+
+
+def test_tensorflow_datasets_reads_the_result(edits):
+    import tensorflow_datasets as tfds
+
+    found = prepared(edits)
+    builder = tfds.builder_from_directory(found.directory)
+    assert builder.info.splits["train"].num_examples == 23
+    rows = builder.as_data_source(split="train")
+    assert rows[4]["id"].decode() == found[4].id and bytes(rows[4]["image"]) == found[4].image
+    assert int(rows[4]["width"]) == found[4].width
+    again = layouts.layout("tfds", [str(found.directory)])
+    copies = [record for span in again.spans(10) for record in again.records(span, "copy")]
+    assert copies == [found[number] for number in range(23)]
+
+
+def test_too_many_rejected_items_end_it_with_the_count(edits):
+    with pytest.raises(prepare.TooManyRejected, match="2 of 25 items became no record.*gone.jpg"):
+        prepared(edits, max_rejected_share=0.05)
+    assert not (edits / "out" / "edits" / "tiny" / "1.0.0").exists()
+
+
+def test_hugging_face_rows(edits, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict(
+        {"image": [save(picture(name)) for name in ("china", "coffee")], "prompt": ["one", "two"]}
+    ).cast_column("image", datasets.Image())
+    rows.save_to_disk(str(tmp_path / "saved"))
+    layout = layouts.layout("huggingface", [str(tmp_path / "saved")], fields={"instruction": "prompt"})
+    found = [record for span in layout.spans(1) for record in layout.records(span, "hub")]
+    assert [record.instruction for record in found] == ["one", "two"]
+    assert found[1].image == save(picture("coffee")) and found[1].source == "hub"
+
+
+def test_command(edits):
+    command = [sys.executable, "-m", "npedit_jax.data.prepare", "--layout", "release", "--name", "tiny"]
+    command += ["--input", str(edits / "merged_edit_data.json"), "--root", str(edits / "images")]
+    command += ["--output", str(edits / "out"), "--min-side", "420", "--beam=--runner=DirectRunner"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "--max-rejected-share" in result.stderr.splitlines()[-1]
+    result = subprocess.run([*command, "--max-rejected-share", "0.1"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1].split(": ", 1)[1])
+    assert told["count"] == 23 and told["left_out"]["small_image"] == 6  # of chelsea and coffee
+    assert records.Records(edits / "out" / "edits" / "tiny" / "1.0.0").manifest["filters"]["min_side"] == 420

@@ -1,0 +1,126 @@
+"""Records come back as they were written; damage is told apart from the rest, and never goes unnoticed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npedit_jax.data import records
+from npedit_jax.data.records import Record
+
+
+def record(number: int, **changes) -> Record:
+    fields = dict(
+        image=bytes([number % 251]) * (100 + 37 * number),
+        width=640 + number,
+        height=480,
+        instruction=f"remove the cat number {number}",
+        edited_caption="an empty sofa",
+        input_caption="a cat on a sofa",
+        edit_type=("remove", "style")[number % 2],
+        object="cat",
+        id=f"cats-{number}",
+        source="cats",
+    )
+    return Record(**(fields | changes))
+
+
+texts = st.text(max_size=30)
+
+
+@given(st.builds(Record, **{name: {bytes: st.binary(max_size=50), str: texts, int: st.integers(0, 2**40)}[kind]
+                            for name, kind in records.FIELDS.items()}))  # fmt: skip
+def test_any_record_comes_back(whole):
+    assert records.decode(records.encode(whole)) == whole
+
+
+@pytest.mark.parametrize("data", [b"", b"\x0a\x05wrong", b"plain text", records.encode(record(1))[:-20]])
+def test_bytes_that_are_no_record(data):
+    with pytest.raises(records.RecordError) as error:
+        records.decode(data)
+    assert error.value.reason == "schema"
+
+
+def test_bytes_are_those_of_tensorflow():
+    """A serialized tf.train.Example, written out by hand from its wire format."""
+    example = records._Example()
+    example.features.feature["id"].bytes_list.value.append(b"7")
+    example.features.feature["width"].int64_list.value.append(300)
+    field = lambda number, data: bytes([8 * number + 2, len(data)]) + data  # noqa: E731
+    entry = lambda key, feature: field(1, field(1, key) + field(2, feature))  # noqa: E731
+    both = entry(b"id", field(1, field(1, b"7"))) + entry(b"width", field(3, b"\x0a\x02\xac\x02"))
+    assert example.SerializeToString(deterministic=True) == field(1, both)
+
+
+def test_directory_of_records(tmp_path):
+    written = [record(number) for number in range(23)]
+    found = records.write(tmp_path / "cats", "cats", written, per_shard=10)
+    assert len(found) == 23 and [found[number] for number in range(23)] == written
+    manifest = json.loads((tmp_path / "cats" / "manifest.json").read_text())
+    assert manifest["schema"] == 1 and manifest["count"] == manifest["kept"] == 23
+    assert [shard["count"] for shard in manifest["shards"]] == [10, 10, 3]
+    assert [shard["file"] for shard in manifest["shards"]] == [
+        f"cats-train.array_record-0000{i}-of-00003" for i in range(3)
+    ]
+    assert found.index["width"].tolist() == [640 + number for number in range(23)]
+    assert [found.edit_types[number] for number in found.index["edit_type"]] == [one.edit_type for one in written]
+    assert found.index["instruction"].tolist() == [len(one.instruction) for one in written]
+    assert len(set(found.index["content"].tolist())) == 23
+    assert found.shards.damaged() == []
+    assert sorted(path.name for path in (tmp_path / "cats").iterdir()) == sorted(
+        ["manifest.json", "index.npz", *(shard["file"] for shard in manifest["shards"])]
+    )
+    with pytest.raises(FileExistsError):
+        records.write(tmp_path / "cats", "cats", written)
+
+
+def test_content_hash_tells_duplicates(tmp_path):
+    first = record(0)
+    same, other = dataclasses.replace(first, id="copy"), dataclasses.replace(first, instruction="paint the cat")
+    index = records.write(tmp_path, "cats", [first, same, other]).index
+    assert len(set(index["image"].tolist())) == 1
+    assert index["content"][0] == index["content"][1] != index["content"][2]
+
+
+def test_damage_is_found(tmp_path):
+    rng = np.random.default_rng(0)
+    written = [record(number, image=rng.bytes(70_000)) for number in range(6)]
+    found = records.write(tmp_path, "cats", written, per_shard=3)
+    first, second = (tmp_path / shard["file"] for shard in found.manifest["shards"])
+    data = bytearray(first.read_bytes())
+    data[100_000:100_020] = bytes(20)  # in the middle of the second record
+    first.write_bytes(data)
+    second.unlink()
+    damaged = records.Records(tmp_path)
+    assert damaged.shards.damaged() == [first.name, second.name]
+    assert damaged[0] == written[0] and damaged[2] == written[2]
+    for number in (1, 3, 4):
+        with pytest.raises(records.RecordError, match=f"array_record-0000{number // 3}-of-00002#{number % 3}") as error:
+            damaged[number]
+        assert error.value.reason == "unreadable"
+
+
+def test_directories_without_records_or_of_another_time(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no records in"):
+        records.Records(tmp_path)
+    found = records.write(tmp_path / "cats", "cats", [record(0)])
+    manifest = tmp_path / "cats" / "manifest.json"
+    manifest.write_text(json.dumps({**found.manifest, "schema": 2}))
+    with pytest.raises(ValueError, match="schema 2"):
+        records.Records(tmp_path / "cats")
+    manifest.write_text(json.dumps({**found.manifest, "count": 2}))
+    with pytest.raises(ValueError, match="1 rows"):
+        records.Records(tmp_path / "cats")
+
+
+def test_reading_needs_neither_tensorflow_nor_beam():
+    program = (
+        "import sys; import npedit_jax.data.records, npedit_jax.data.images; "
+        "assert not {'tensorflow', 'apache_beam', 'tensorflow_datasets', 'jax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,41 @@
+"""What is left out, and why."""
+
+import dataclasses
+import subprocess
+import sys
+
+from npedit_jax.data import records, select
+from npedit_jax.data.select import Filters
+from tests.data.test_records import record
+
+
+def test_each_reason_and_back(tmp_path):
+    written = [
+        record(0),
+        record(1, id="copy", image=record(0).image, instruction=record(0).instruction),
+        record(2, width=255),
+        record(3, width=4000),
+        record(4, instruction=""),
+        record(5, instruction="x" * 1001),
+        record(6, edit_type="zoom_in"),
+        record(8),
+    ]
+    records.write(tmp_path, "cats", written, per_shard=3)
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("*.array_record*"))]
+    assert select.apply(tmp_path, Filters()) == dict.fromkeys(select.REASONS, 1)
+    found = records.Records(tmp_path)
+    assert [found[number].id for number in found.kept()] == ["cats-0", "cats-8"]
+    assert found.manifest["filters"] == dataclasses.asdict(Filters())
+    everything = Filters(False, 0, 100.0, False, 10_000, False)
+    assert select.apply(tmp_path, everything) == dict.fromkeys(select.REASONS, 0)
+    assert len(records.Records(tmp_path).kept()) == 8
+    assert before == [path.read_bytes() for path in sorted(tmp_path.glob("*.array_record*"))]
+
+
+def test_command(tmp_path):
+    records.write(tmp_path / "cats", "cats", [record(0), record(1, height=100)])
+    command = [sys.executable, "-m", "npedit_jax.data.select", "--records"]
+    result = subprocess.run([*command, str(tmp_path / "cats")], capture_output=True, text=True, check=True)
+    assert "1 kept" in result.stdout and '"small_image": 1' in result.stdout
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr.startswith("select: no records in")

@@ -1,0 +1,108 @@
+"""Training from records: past bad records, interrupted and resumed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from npedit_jax.data.batches import Reading, TooManyBadRecords
+from npedit_jax.training import loop, networks, stages, steps, telemetry, workdirs
+from tests.data import record_sets
+from tests.training.tiny_networks import DENOISER, LANGUAGE, SPECS
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """60 records, two of which are damaged."""
+    made = record_sets.photograph_records(60)
+    record_sets.changed(made, 7, image=b"no image")
+    record_sets.changed(made, 20, image=made[20].image[:-500])
+    directory = tmp_path_factory.mktemp("records") / "photographs"
+    record_sets.write(directory, made)
+    return directory
+
+
+def config(directory, **reading) -> ConfigDict:
+    """Six steps of the warm-up, an epoch, at a size that tiny networks can take."""
+    language = LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8, vocab_size=300)
+    denoiser = ("zimage", DENOISER | dict(axes_lens=(128, 32, 32)))
+    specs = {"autoencoder": SPECS["autoencoder"], "text_encoder": ("qwen3", language), "student": denoiser}
+    adam = dict(name="adam", learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99)
+    return ConfigDict(
+        dict(
+            stage="warmup",
+            seed=0,
+            steps=6,
+            batch_size=10,
+            cpu_devices=1,
+            networks={
+                name: dict(kind=kind, directory="", architecture=networks.plain(architecture), options={})
+                for name, (kind, architecture) in specs.items()
+            },
+            data=dict(
+                records=str(directory),
+                buckets=record_sets.BUCKETS[:1],
+                reading=dict(workers=0, threads=1, buffer=2, max_bad_share=0.1) | reading,
+                text_tokenizer=str(record_sets.GOLDEN),
+                text_length=record_sets.TEXT_LENGTH,
+                options=dict(caption_dropout=0.1, flip=0.5),
+            ),
+            step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
+            optimizer=dict(student=adam),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            checkpoint=dict(every=3, keep=2),
+            log=dict(every=1, preview_every=100),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def stage(directory):
+    """Built once, so that its program is compiled once."""
+    return stages.build(config(directory))
+
+
+def run(settings, stage, workdir):
+    workdirs.open_run(workdir, settings)
+    student = stage.networks["student"]
+    params = jax.tree.map(jnp.copy, student.params)  # a run takes the arrays over
+    reading = Reading(**settings.data.reading)
+    networks = stage.networks | {"student": student._replace(params=params)}
+    return loop.run(settings, dataclasses.replace(stage, networks=networks, reading=reading), workdir)
+
+
+def untimed(workdir):
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in telemetry.read_metrics(workdir, up_to=100)
+    ]
+
+
+def test_interrupted_run_repeats_the_uninterrupted_one(directory, stage, tmp_path):
+    whole = run(config(directory), stage, tmp_path / "whole")
+    short = config(directory)
+    short.steps = 3
+    run(short, stage, tmp_path / "parts")
+    # As if the first start had been stopped and not been asked for three steps.
+    (tmp_path / "parts" / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    again = run(config(directory, threads=2), stage, tmp_path / "parts")
+    for a, b in zip(*map(jax.tree.leaves, (whole.params, again.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows = untimed(tmp_path / "whole")
+    assert rows == untimed(tmp_path / "parts")
+    assert rows[-1]["data/bad"] == 2.0 and rows[-1]["data/cut"] == 0.0  # an epoch of 60 records
+
+
+def test_too_many_bad_records_end_the_run(directory, stage, tmp_path):
+    with pytest.raises(TooManyBadRecords, match="1 of [0-9]+ samples"):
+        run(config(directory, max_bad_share=0.0), stage, tmp_path / "run")
+
+
+def test_samples_of_weight_zero_change_nothing():
+    losses, weight = jnp.array([1.0, 5.0, 3.0]), jnp.array([1.0, 0.0, 1.0])
+    assert steps.average(losses, weight) == 2.0
+    assert jax.grad(lambda x: steps.average(x, weight))(losses).tolist() == [0.5, 0.0, 0.5]
+    assert steps.average(losses, jnp.zeros(3)) == 0.0
