@@ -49,4 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv):  # absl's own help exits with 1
+        print(__doc__.strip(), flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit()
     app.run(main)

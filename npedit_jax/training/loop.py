@@ -126,10 +126,10 @@ def _closing(
     """Lets what is under way come to its end, also where the run ends with a fault."""
     try:
         yield
-    except RunFault:
-        with contextlib.suppress(RunFault, OSError):
-            log.close()
-            checkpoints.close()
+    except (RunFault, OSError):
+        for each in (log, checkpoints):
+            with contextlib.suppress(RunFault, OSError):
+                each.close()
         raise
     finally:
         batches.close()

@@ -75,8 +75,8 @@ def test_errors_end_and_place_are_passed_on():
 def _hang_at_batch_nine():
     iterate = loop.iterate
 
-    def hanging(dataset):
-        return iterate(dataset.map_with_index(_sleep_from_nine))
+    def hanging(dataset, reading):
+        return iterate(dataset.map_with_index(_sleep_from_nine), reading)
 
     loop.iterate = hanging
 
