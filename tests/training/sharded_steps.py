@@ -126,7 +126,7 @@ def main(directory: str, names: list[str]) -> None:
             assert row["unroll"] == wanted["unroll"]
             for loss in LOSSES:
                 np.testing.assert_allclose(row[loss], wanted[loss], rtol=TOLERANCE, err_msg=f"{name}: {loss}")
-        kernel = end.optimizer["student"][1][1].nu["layers"]["mlp"]["gate"]["kernel"]
+        kernel = end.optimizer["student"][1][1].nu["layers"]["attention"]["query"]["kernel"]
         parts_of_kernel = len({str(shard.index) for shard in kernel.addressable_shards})
         assert parts_of_kernel == sizes[1] * sizes[2], (name, kernel.sharding)
         if jax.process_count() > 1:
