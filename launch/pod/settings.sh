@@ -48,6 +48,7 @@ place=("--zone=$ZONE")
 [[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
 
 # The TPU VMs of the job, one a slice.
+# shellcheck disable=SC2153  # given by the user, checked above
 nodes=("$NAME")
 if ((SLICES > 1)); then
   nodes=()
