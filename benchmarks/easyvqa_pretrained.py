@@ -153,7 +153,8 @@ def scorer_figures(run: str | None, images: int, *, rounds: int = 4, most: int =
     def ask(asked):
         texts = [questions.Question(x.kind, x.text, templates[x.kind].images, x.answer) for x in asked]
         words = [(tokenizer.answer_id("No"), tokenizer.answer_id(x.word)) for x in asked]
-        return *prompts.fields(texts, most).values(), np.array(words + words[:1] * (most - len(words)), np.int32)
+        fields, _ = prompts.fields(texts, most)
+        return *fields.values(), np.array(words + words[:1] * (most - len(words)), np.int32)
 
     program, right = jax.jit(answer), collections.defaultdict(list)
     for start in tqdm.trange(0, rounds * images, BATCH, desc="scorer", mininterval=5):

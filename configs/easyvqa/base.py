@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
     rates = dict(denoiser=6e-3, text_encoder=3e-3)
     muon = dict(
         name="muon",
+        adam_factor=1.0,
         final_learning_rate=1e-4,
         warmup_steps=50,
         b1=0.95,
