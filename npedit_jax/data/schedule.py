@@ -18,6 +18,8 @@ import numpy as np
 # Steps of a period, least and most: a bucket has one step in it at least, so short periods show rare buckets too often.
 PERIODS = (200, 4000)
 _BLOCK = 1100  # samples over which streams keep their shares
+_LONGEST = 10_000  # samples that are looked through for the shortest period of whole shares
+_PRECISION = 100_000  # samples of a period whose shares are never whole: shares to five decimals still are
 
 
 class Interleave(grain.transforms.DatasetSelectionMap):
@@ -119,40 +121,62 @@ def plan(weights: np.ndarray, sizes: np.ndarray, samples: int) -> tuple[np.ndarr
     """Steps of each bucket [R] in a period, and samples of each stream in each bucket [S, R].
 
     The samples of a bucket are in the ratio of the counts; where there are several buckets they are the period's own.
+    Every bucket that a stream has samples of comes up for it, however rare.
     """
     shares = weights / weights.sum()
-    if sizes.shape[1] == 1:  # nothing to fit: a period of at most about a thousand samples
-        counts = np.maximum(1, np.rint(1000 * shares)).astype(np.int64)[:, None]
-        return np.ones(1, np.int64), counts
-    # A thousand periods of a share in thousandths are whole samples.
-    unit = 1000 // math.gcd(samples, 1000)
+    whole = _whole_period(shares)
+    if sizes.shape[1] == 1:
+        return np.ones(1, np.int64), _cumulative(shares, max(whole, len(shares)))[:, None]
     wanted = shares[:, None] * sizes / sizes.sum(axis=1, keepdims=True)
+    least = -(-(sizes > 0).sum(axis=0) // samples)  # steps in which all streams of a bucket find a place
     rarest = wanted.sum(axis=0)[sizes.any(axis=0)].min()
-    period = -(-int(np.clip(1 / rarest, *PERIODS)) // unit) * unit
-    steps = apportion(wanted.sum(axis=0) * period, period)
-    rows = apportion(shares * period * samples, period * samples)
+    unit = whole // math.gcd(samples, whole)
+    period = -(-max(int(np.clip(1 / rarest, *PERIODS)), int(least.sum())) // unit) * unit
+    steps = apportion(wanted.sum(axis=0) * period, period, least)
+    rows = _cumulative(shares, period * samples)
     fitted = _fit_margins(wanted, rows, steps * samples)
     # The error of rounding one bucket goes to the next, larger one; the last one takes all of it.
     counts, error = np.zeros(sizes.shape, np.int64), rows - fitted.sum(axis=1)
     for bucket in np.argsort(steps, kind="stable"):
-        target = np.where(fitted[:, bucket] > 0, fitted[:, bucket] + error, 0)
-        counts[:, bucket] = apportion(target, steps[bucket] * samples)
+        there = (sizes[:, bucket] > 0).astype(np.int64)
+        counts[:, bucket] = apportion((fitted[:, bucket] + error) * there, steps[bucket] * samples, there)
         error += fitted[:, bucket] - counts[:, bucket]
     return steps, counts
 
 
-def apportion(wanted: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers of this total nearest to what is wanted; 1 at least where anything is wanted, if the total allows.
+def apportion(wanted: np.ndarray, total: int, least: np.ndarray) -> np.ndarray:
+    """Whole numbers of this total nearest to what is wanted, but at least `least`: largest remainders.
 
-    Largest remainders; what is not wanted at all (0) gets nothing.
+    Where `least` is 0 nothing is given; `total` is the sum of `least` at least.
     """
-    possible = wanted > 0
-    counts = np.where(possible, np.maximum(np.floor(np.round(wanted, 9)), 1), 0).astype(np.int64)
-    while (missing := int(total - counts.sum())) > 0 and possible.any():
-        best = np.argsort(np.where(possible, counts - wanted, np.inf), kind="stable")[: min(missing, possible.sum())]
+    counts = np.maximum(np.floor(np.round(wanted, 9)).astype(np.int64), least)
+    while (missing := int(total - counts.sum())) > 0:
+        best = np.argsort(np.where(least > 0, counts - wanted, np.inf), kind="stable")[
+            : min(missing, (least > 0).sum())
+        ]
         counts[best] += 1
-    while (missing := int(total - counts.sum())) < 0:
-        counts[np.argmax(np.where(counts > (1 if counts.max() > 1 else 0), counts - wanted, -np.inf))] -= 1
+    while (missing := int(counts.sum() - total)) > 0:
+        surplus = np.where(counts > least, counts - wanted, -np.inf)
+        counts[np.argsort(-surplus, kind="stable")[: min(missing, (counts > least).sum())]] -= 1
+    return counts
+
+
+def _whole_period(shares: np.ndarray) -> int:
+    """The fewest samples in which every share is a whole number; _PRECISION where that is too many."""
+    samples = np.arange(1, _LONGEST + 1)[:, None] * shares
+    whole = np.flatnonzero(abs(samples - np.rint(samples)).max(axis=1) < 1e-6)
+    return int(whole[0]) + 1 if len(whole) else _PRECISION
+
+
+def _cumulative(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers of this total, their running sums nearest to those of the shares, and none 0.
+
+    So what streams that stand side by side have together (an edit type's in several sets) is rounded once.
+    """
+    counts = np.diff(np.rint(np.round(np.cumsum(shares) * total, 6)), prepend=0).astype(np.int64)
+    for stream in np.flatnonzero(counts == 0):
+        counts[stream] += 1
+        counts[np.argmax(counts)] -= 1
     return counts
 
 
