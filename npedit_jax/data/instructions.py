@@ -23,7 +23,6 @@ import sys
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import openai
 import tqdm
 from absl import logging
 from etils import epath
@@ -32,10 +31,18 @@ from PIL import Image
 from npedit_jax.data import images, select
 from npedit_jax.data.records import MANIFEST, Record, RecordError, Records, describe_shard, write_manifest, write_shard
 
+try:
+    import openai
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"instructions: {error}; pip install 'npedit_jax[instructions]'")
+
 ANSWERS = "answers.jsonl"
 FIELDS = ("input_caption", "object", "instruction", "edited_caption")
 LONGEST = {"input_caption": 600, "object": 80, "instruction": 300, "edited_caption": 600}  # characters
 _SIDE = 768  # pixels of the longer side that the model is shown
+_REFUSALS = 20  # requests in a row that are refused before the endpoint, not the records, is taken to be at fault
 
 # What one edit of a kind is.
 KINDS: Mapping[str, str] = {
@@ -94,26 +101,36 @@ class Asker:
           NoEdit: see there.
           openai.OpenAIError: the endpoint fails for good.
         """
-        messages = [{"role": "user", "content": _content(record, edit_type)}]
+        question = {"role": "user", "content": _content(record, edit_type)}
+        messages = [question]
         for attempt in range(self.tries):
+            text = ""
+            try:
+                text = self._complete(messages, temperature=0.7 if attempt else 0.2)
+                return check(text, edit_type, record.instruction)
+            except InvalidAnswer as error:
+                problem = error
+                complaint = {"role": "user", "content": f"This cannot be used: {error}. Answer again."}
+                messages = [question, {"role": "assistant", "content": text}, complaint] if text else [question]
+        raise problem
+
+    def _complete(self, messages: list[dict], temperature: float) -> str:
+        """The text of a completion; raises InvalidAnswer where the server's reply is none."""
+        try:
             reply = self.client.chat.completions.create(
                 model=self.model,
                 messages=messages,
                 max_tokens=600,
-                temperature=0.7 if attempt else 0.2,
+                temperature=temperature,
                 response_format={"type": "json_object"},
             )
-            text = reply.choices[0].message.content or ""
-            try:
-                return check(text, edit_type, record.instruction)
-            except InvalidAnswer as error:
-                problem = error
-                messages = [
-                    *messages[:1],
-                    {"role": "assistant", "content": text},
-                    {"role": "user", "content": f"This cannot be used: {error}. Answer again."},
-                ]
-        raise problem
+            text = reply.choices[0].message.content
+        # A body that is no JSON, or JSON of another shape, reaches us as the client's parser leaves it.
+        except (ValueError, AttributeError, IndexError, TypeError, openai.APIResponseValidationError) as error:
+            raise InvalidAnswer(f"the reply is no completion: {error}") from error
+        if not text or not isinstance(text, str):
+            raise InvalidAnswer("the reply holds no text")
+        return text
 
 
 def check(text: str, edit_type: str, instruction: str = "") -> dict[str, str]:
@@ -131,7 +148,8 @@ def check(text: str, edit_type: str, instruction: str = "") -> dict[str, str]:
     body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         answer = json.loads(body)
-    except ValueError as error:
+        json.dumps(answer, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
+    except (ValueError, RecursionError) as error:
         raise InvalidAnswer("it is no JSON object") from error
     if not isinstance(answer, dict) or not all(isinstance(answer.get(field), str) for field in FIELDS):
         raise InvalidAnswer(f"it needs the texts {', '.join(FIELDS)}")
@@ -169,6 +187,7 @@ def run(
 
     Raises:
       ValueError: an edit type without a description in KINDS.
+      openai.OpenAIError: the endpoint fails for good; what it answered is kept.
     """
     unknown = set(shares) - set(KINDS)
     if unknown:
@@ -191,7 +210,11 @@ def run(
 def _collect(
     found: Records, path: epath.Path, ask: Asker, shares: Mapping[str, float], concurrency: int, seed: int
 ) -> None:
-    """Asks for every record that lacks a text and has no answer yet, a few at a time, and writes each answer down."""
+    """Asks for every record that lacks a text and has no answer yet, a few at a time, and writes each answer down.
+
+    A request that the server refuses (a picture that it takes for unsafe, say) leaves its record without texts; it is
+    not written down, so that a run that ends for the refusals asks again.
+    """
     done = {number for number, _ in _read_answers(path)}
     texts = ("instruction", "edited_caption", "input_caption")
     lacking = np.logical_or.reduce([found.index[text] == 0 for text in texts])
@@ -204,19 +227,27 @@ def _collect(
             return {"number": number, "edit_type": edit_type, **ask(record, edit_type)}
         except (InvalidAnswer, NoEdit, RecordError, images.BadImage) as error:
             return {"number": number, "problem": f"{type(error).__name__}: {error}"}
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return {"number": number, "refused": error}
 
     progress = tqdm.tqdm(total=int(lacking.sum()), initial=len(done), unit="record", mininterval=1.0)
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool, path.open("a") as log, progress:
         log.write("\n" if done else "")  # an outage may have cut the last line
         running = {pool.submit(answer, number) for number in itertools.islice(waiting, 2 * concurrency)}
+        refusals = 0
         try:
             while running:
                 finished, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in finished:
                     line = future.result()
-                    if "problem" in line:
-                        logging.warning("record %s: %s", found.shards.describe(line["number"]), line["problem"])
-                    log.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    problem = line.get("problem") or line.get("refused")
+                    if problem:
+                        logging.warning("record %s: %s", found.shards.describe(line["number"]), problem)
+                    refusals = refusals + 1 if "refused" in line else 0
+                    if refusals == _REFUSALS:
+                        raise line["refused"]
+                    if "refused" not in line:
+                        log.write(json.dumps(line, ensure_ascii=False) + "\n")
                     progress.update()
                 log.flush()
                 running |= {pool.submit(answer, number) for number in itertools.islice(waiting, len(finished))}

@@ -2,10 +2,15 @@
 
 import base64
 import collections
+import contextlib
 import http.server
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import openai
 import pytest
@@ -26,7 +31,7 @@ GOOD = dict(
 class Server:
     """A server of the OpenAI chat API on the loopback address that answers by `reply(request number, messages)`.
 
-    A reply is the text of the answer, or a status to fail with.
+    A reply is the text of the answer, a status to fail with, a body to send as it is, or None to hang for a second.
     """
 
     def __init__(self, reply):
@@ -39,23 +44,29 @@ class Server:
                 with lock:
                     outer.requests.append(body)
                     answer = reply(len(outer.requests), body["messages"])
+                if answer is None:
+                    time.sleep(1.0)
                 status = answer if isinstance(answer, int) else 200
                 message = {"role": "assistant", "content": answer}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 reply_body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                data = json.dumps({"error": "busy"} if status != 200 else reply_body).encode()
+                if isinstance(answer, bytes):
+                    data = answer
+                else:
+                    data = json.dumps({"error": "busy"} if status != 200 else reply_body).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Retry-After", "0")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                with contextlib.suppress(ConnectionError):  # the client gave up
+                    self.wfile.write(data)
 
             def log_message(self, *arguments):
                 pass
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         address = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         self.client = openai.OpenAI(base_url=address, api_key="none", max_retries=3, timeout=10)
         self.address = address
@@ -132,7 +143,7 @@ def test_failures_are_retried_and_bad_answers_asked_for_again(serve, bare):
 
 def test_resumes_without_asking_twice(serve, bare, tmp_path):
     def reply(number, messages):
-        return json.dumps(GOOD) if number <= 5 else 400
+        return json.dumps(GOOD) if number <= 5 else 401
 
     broken = serve(reply)
     with pytest.raises(openai.OpenAIError):
@@ -145,6 +156,67 @@ def test_resumes_without_asking_twice(serve, bare, tmp_path):
     written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
     captions = [written[number].edited_caption for number in range(12)]
     assert captions == ["a sofa"] * 5 + ["second run"] * 7 and len(server.requests) == 7
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>gateway</html>",
+        b'{"choices": [',
+        b"{}",
+        b"[1]",
+        b"null",
+        b'"text"',
+        b'{"choices": []}',
+        b'{"choices": null}',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": {"content": null}}]}',
+        b'{"choices": [{"message": {"content": ["x"]}}]}',
+    ],
+)
+def test_a_reply_that_is_no_completion_is_asked_for_again(serve, bare, body):
+    server = serve(lambda number, messages: body if number == 1 else json.dumps(GOOD))
+    assert Asker(server.client, "vlm")(bare[0], "remove") == GOOD
+    assert len(server.requests) == 2 and len(server.requests[1]["messages"]) == 1
+    hopeless = serve(lambda number, messages: body)
+    with pytest.raises(InvalidAnswer):
+        Asker(hopeless.client, "vlm", tries=2)(bare[0], "remove")
+
+
+def test_a_server_that_hangs_and_fails_now_and_then_costs_no_record(serve, bare, tmp_path):
+    """A third of the replies fail in one way or another; one record's request is refused every time."""
+    trouble = [500, b"not json", json.dumps(GOOD | {"object": "\ud800"}), "", 429, None, "[" * 100_000, b"{}"]
+
+    def reply(number, messages):
+        if "make it night" in messages[0]["content"][1]["text"]:
+            return 400
+        return trouble[number // 3 % len(trouble)] if number % 3 == 0 else json.dumps(GOOD)
+
+    server = serve(reply)
+    ask = Asker(server.client.with_options(timeout=0.5), "vlm", tries=5)
+    written = instructions.run(bare, tmp_path, ask, shares={"remove": 1.0}, concurrency=4)
+    assert [written[number].edited_caption for number in range(12)] == ["a sofa"] * 11 + [""]
+    answers = [json.loads(line) for line in (tmp_path / instructions.ANSWERS).read_text().splitlines()]
+    assert sorted(answer["number"] for answer in answers) == list(range(11))
+
+
+def test_an_endpoint_that_refuses_everything_ends_the_run_and_is_asked_again(serve, bare, tmp_path, monkeypatch):
+    monkeypatch.setattr(instructions, "_REFUSALS", 5)
+    server = serve(lambda number, messages: 400)
+    with pytest.raises(openai.BadRequestError):
+        instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=1)
+    assert len(server.requests) < 12 and (tmp_path / instructions.ANSWERS).read_text() == ""
+    assert not (tmp_path / records.MANIFEST).exists()
+
+
+def test_command_without_its_extra_says_what_to_install(tmp_path):
+    (tmp_path / "openai.py").write_text("raise ModuleNotFoundError(\"No module named 'openai'\")")
+    command = [sys.executable, "-m", "npedit_jax.data.instructions", "--records", "x"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("instructions: No module named 'openai'") and "[instructions]" in result.stderr
 
 
 def test_records_without_a_usable_answer_stay_without_texts(serve, bare, tmp_path):
