@@ -5,7 +5,7 @@ import pathlib
 import setuptools
 
 # TensorFlow Datasets uses importlib_resources without asking for it.
-PREPARE = ["apache-beam>=2.72", "importlib_resources", "tensorflow-datasets>=4.9.10"]
+PREPARE = ["apache-beam>=2.72", "google-crc32c", "importlib_resources", "tensorflow-datasets>=4.9.10"]
 
 setuptools.setup(
     name="npedit_jax",

@@ -12,11 +12,12 @@ from typing import Any
 
 from etils import epath
 
-from npedit_jax.data import edit_types, images
+from npedit_jax.data import edit_types, images, saved_sets
 from npedit_jax.data.records import Record
 
 _BLOCK = 2**20
 _LARGEST_ITEM = 16 * 2**20
+_BETWEEN = b"\xef\xbb\xbf[, \t\r\n"  # what stands between the objects of a list, and before them
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[{}]', re.DOTALL)
 
 
@@ -84,7 +85,11 @@ class TextReader:
     """JSON lines, or one JSON list of objects: told apart by the first character."""
 
     def spans(self, path: str, items: int) -> Iterator[Span]:
-        """Cuts a file after every so many items; holds no more than an item."""
+        """Cuts a file after every so many items; holds no more than an item.
+
+        Raises:
+          ValueError: a list that is cut off, or of which an object has no end: what comes after it cannot be told.
+        """
         start, count, stop = 0, 0, 0
         for begin, data in self._scan(path, 0, None):
             if count == items:
@@ -99,7 +104,7 @@ class TextReader:
         for begin, data in self._scan(span.path, span.start, span.stop):
             try:
                 found = json.loads(data)
-            except ValueError:  # UnicodeDecodeError is one
+            except (ValueError, RecursionError):  # UnicodeDecodeError is one
                 found = None
             yield Item(f"{span.path}@{begin}", found if isinstance(found, dict) else None)
 
@@ -107,7 +112,10 @@ class TextReader:
         with epath.Path(path).open("rb") as file:
             is_list = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
             file.seek(start)
-            yield from (_objects if is_list else _lines)(file, start, stop)
+            try:
+                yield from (_objects if is_list else _lines)(file, start, stop)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
 
 def _lines(file: Any, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
@@ -121,24 +129,36 @@ def _lines(file: Any, start: int, stop: int | None) -> Iterator[tuple[int, bytes
 
 
 def _objects(file: Any, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
-    """Outermost {...} with where they begin; the last may be cut off."""
+    """Outermost {...}, and whatever else stands between them, with where they begin.
+
+    Raises:
+      ValueError: an object or the list itself does not end.
+    """
     buffer, place = b"", 0  # the buffer stands at byte `start` of the file
     while stop is None or start + place < stop:
         begin = buffer.find(b"{", place)
         end = _closing(buffer, begin) if begin >= 0 else -1
         if end > 0:
+            if between := buffer[place:begin].strip(_BETWEEN):
+                yield start + place, between
             if stop is not None and start + begin >= stop:
                 return
             yield start + begin, buffer[begin:end]
             place = end
             continue
-        drop = begin if begin >= 0 else len(buffer)
         block = file.read(_BLOCK)
-        if not block or len(buffer) - drop > _LARGEST_ITEM:
-            if begin >= 0 and (stop is None or start + begin < stop):
-                yield start + begin, buffer[begin:]
+        if begin >= 0 and (not block or len(buffer) - begin > _LARGEST_ITEM):
+            raise ValueError(
+                f"the object that begins at byte {start + begin} does not end; mend or fetch the file anew"
+            )
+        if not block:
+            rest = buffer[place:].strip(_BETWEEN)
+            if not rest.endswith(b"]"):
+                raise ValueError(f"the list is cut off after byte {start + place}; fetch the file anew")
+            if rest[:-1].strip(_BETWEEN):
+                yield start + place, rest[:-1]
             return
-        buffer, start, place = buffer[drop:] + block, start + drop, 0
+        buffer, start, place = buffer[place:] + block, start + place, 0
 
 
 def _closing(buffer: bytes, begin: int) -> int:
@@ -173,29 +193,6 @@ class RowReader:
         rows = self._open(span.path)
         for number in range(span.start, span.stop):
             yield Item(f"{span.path}[{number}]", rows[number])
-
-
-def open_tfds(directory: str) -> Sequence[Mapping[str, Any]]:
-    """The train split of a TensorFlow Datasets directory in a format that is read at random; images as files."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(directory)
-    image = tfds.features.Image
-    skip = {name: tfds.decode.SkipDecoding() for name, kind in builder.info.features.items() if isinstance(kind, image)}
-    return builder.as_data_source(split="train", decoders=skip)
-
-
-def open_huggingface(directory: str) -> Sequence[Mapping[str, Any]]:
-    """A Hugging Face dataset as `save_to_disk` writes it; images as files."""
-    import datasets
-
-    rows = datasets.load_from_disk(directory)
-    if isinstance(rows, datasets.DatasetDict):
-        rows = rows["train"]
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
 
 
 def release(item: Item, root: epath.Path, name: str) -> list[Record]:
@@ -261,8 +258,9 @@ def customization(item: Item, root: epath.Path, name: str) -> list[Record]:
     """`image` shows a subject; each of `prompts` (or `prompt`) asks for a scene with it and describes that scene."""
     get = _getter(item)
     prompts = item.data.get("prompts") or [get("prompt")]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
         raise Rejected("json", f"expected prompts to be a list of texts; found {prompts!r}")
+    prompts = [_text("prompts", prompt) for prompt in prompts]
     image, id = _image_of(item, root), get("id") or item.place
     return [
         _record(
@@ -288,7 +286,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "tfds": plain,
     "huggingface": plain,
 }
-_READERS = {"tfds": RowReader(open_tfds), "huggingface": RowReader(open_huggingface)}
+_READERS = {"tfds": RowReader(saved_sets.open_tfds), "huggingface": RowReader(saved_sets.open_huggingface)}
 
 
 def layout(kind: str, paths: Sequence[str], root: str = "", fields: Mapping[str, str] | None = None) -> Layout:
@@ -339,17 +337,20 @@ def _expand(pattern: str) -> list[epath.Path]:
 
 
 def _getter(item: Item) -> Callable[[str], str]:
-    """Reads a field as a text: missing and null are the empty text, numbers are written out."""
+    """Reads a field as a text."""
+    return lambda name: _text(name, item.data.get(name))
 
-    def get(name: str) -> str:
-        value = item.data.get(name)
-        if isinstance(value, bytes):
-            value = value.decode(errors="replace")
-        if value is None or isinstance(value, str | int | float):
-            return "" if value is None else str(value).strip()
+
+def _text(name: str, value: Any) -> str:
+    """A value as a text: null is the empty text, numbers are written out; raises Rejected for anything else."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if value is not None and not isinstance(value, str | int | float):
         raise Rejected("json", f"expected {name} to be a text; found {type(value).__name__}")
-
-    return get
+    text = "" if value is None else str(value).strip()
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise Rejected("json", f"{name} holds half a character, which no encoding can write")
+    return text
 
 
 def _image_of(item: Item, root: epath.Path) -> bytes:

@@ -19,14 +19,20 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-import apache_beam as beam
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from tensorflow_datasets.core import dataset_builder
 
 from npedit_jax.data import layouts, records, select
+
+try:
+    import apache_beam as beam
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_builder
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"prepare: {error}; pip install 'npedit_jax[prepare]', best in an environment of its own")
 
 NAME = "edits"  # of the files; the set's own name is that of its directory
 REJECTED = "rejected.jsonl"
@@ -180,10 +186,11 @@ def main() -> int:
     select.add_arguments(parser)
     arguments = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
+    if wrong := [item for item in arguments.field if "=" not in item]:
+        parser.error(f"--field takes OURS=THEIRS; found {wrong}")
+    fields = dict(item.split("=", 1) for item in arguments.field)
     try:
-        layout = layouts.layout(
-            arguments.layout, arguments.input, arguments.root, dict(item.split("=", 1) for item in arguments.field)
-        )
+        layout = layouts.layout(arguments.layout, arguments.input, arguments.root, fields)
         written = prepare(
             layout,
             arguments.name,
@@ -193,7 +200,7 @@ def main() -> int:
             beam_options=arguments.beam,
             filters=select.filters_of(arguments),
         )
-    except (FileNotFoundError, ValueError, TooManyRejected) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, TooManyRejected) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
     told = {key: written.manifest[key] for key in ("count", "kept", "left_out", "rejected")}

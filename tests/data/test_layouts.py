@@ -49,9 +49,27 @@ def test_broken_json_is_told_by_its_place(tmp_path):
     assert [item.data for item in items] == [{"id": 1}, None, None, {"id": 4}]
     assert items[1].place == f"{path}@10"
     whole = tmp_path / "items.json"
-    whole.write_text('[{"id": 1}, {"id": }, {"id": 3}, {"id": 4')
-    items = [item for span in reader.spans(str(whole), 10) for item in reader.items(span)]
-    assert [item.data for item in items] == [{"id": 1}, None, {"id": 3}, None]
+    whole.write_text('[{"id": 1}, {"id": }, null, {"id": 3}, [' + "[" * 10**5 + ']{"id": 4}, "x" ]')
+    for per_span in (1, 2, 10):
+        items = [item for span in reader.spans(str(whole), per_span) for item in reader.items(span)]
+        assert [item.data for item in items] == [{"id": 1}, None, None, {"id": 3}, None, {"id": 4}, None]
+
+
+@given(objects, st.data())
+def test_a_list_that_is_cut_off_is_an_error(tmp_path_factory, found, data):
+    """Not a shorter list: what is missing cannot be counted."""
+    text = json.dumps(found).encode()
+    path = tmp_path_factory.mktemp("items") / "items.json"
+    path.write_bytes(text[: data.draw(st.integers(1, len(text) - 1))])
+    with pytest.raises(ValueError, match="items.json: the .* (does not end|is cut off)"):
+        list(layouts.TextReader().spans(str(path), 3))
+
+
+def test_a_text_without_its_end_swallows_no_items(tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text('[{"id": "a}, {"id": "b"}, {"id": "c"}]')
+    with pytest.raises(ValueError, match="the object that begins at byte 1 does not end"):
+        list(layouts.TextReader().spans(str(path), 3))
 
 
 @pytest.fixture
@@ -164,6 +182,10 @@ def test_customization_has_a_record_for_each_prompt(root):
         (dict(image="empty.jpg"), "empty"),
         (dict(image="page.jpg"), "unknown"),
         (dict(image="china.jpg", instruction=["a", "list"]), "json"),
+        (dict(image="china.jpg", instruction="half a smile \ud83d"), "json"),
+        (dict(image="half\ud83d.jpg"), "missing_file"),
+        (dict(image="two\0.jpg"), "missing_file"),
+        (dict(image="."), "missing_file"),
     ],
 )
 def test_items_that_become_no_record_say_why(root, item, reason):

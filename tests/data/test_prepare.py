@@ -10,7 +10,7 @@ pytest.importorskip("apache_beam")
 pytest.importorskip("tensorflow_datasets")
 
 from npedit_jax.data import layouts, prepare, records, select
-from tests.data.photographs import PHOTOGRAPHS, picture, read, save
+from tests.data.photographs import PHOTOGRAPHS, read
 
 
 @pytest.fixture
@@ -86,18 +86,6 @@ def test_too_many_rejected_items_end_it_with_the_count(edits):
     assert not (edits / "out" / "edits" / "tiny" / "1.0.0").exists()
 
 
-def test_hugging_face_rows(edits, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict(
-        {"image": [save(picture(name)) for name in ("china", "coffee")], "prompt": ["one", "two"]}
-    ).cast_column("image", datasets.Image())
-    rows.save_to_disk(str(tmp_path / "saved"))
-    layout = layouts.layout("huggingface", [str(tmp_path / "saved")], fields={"instruction": "prompt"})
-    found = [record for span in layout.spans(1) for record in layout.records(span, "hub")]
-    assert [record.instruction for record in found] == ["one", "two"]
-    assert found[1].image == save(picture("coffee")) and found[1].source == "hub"
-
-
 def test_command(edits):
     command = [sys.executable, "-m", "npedit_jax.data.prepare", "--layout", "release", "--name", "tiny"]
     command += ["--input", str(edits / "merged_edit_data.json"), "--root", str(edits / "images")]
@@ -107,5 +95,20 @@ def test_command(edits):
     result = subprocess.run([*command, "--max-rejected-share", "0.1"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1].split(": ", 1)[1])
-    assert told["count"] == 23 and told["left_out"]["small_image"] == 6  # of chelsea and coffee
+    assert told["count"] == 23 and told["left_out"]["small_image"] == 7  # of chelsea and coffee, one of them twice
     assert records.Records(edits / "out" / "edits" / "tiny" / "1.0.0").manifest["filters"]["min_side"] == 420
+
+
+def test_command_of_wrong_inputs_tells_in_one_line(edits, monkeypatch, capsys):
+    arguments = ["prepare", "--name", "tiny", "--output", str(edits / "out"), "--input", str(edits)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--layout", "huggingface"])
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    assert prepare.main() == 1 and "datasets" in capsys.readouterr().err.splitlines()[-1]
+    (edits / "cut.json").write_text('[{"id": 1}, {"id"')
+    monkeypatch.setattr("sys.argv", [*arguments[:-1], str(edits / "cut.json"), "--layout", "release"])
+    assert prepare.main() == 1 and "cut.json: the object" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr("sys.argv", [*arguments, "--layout", "folder", "--field", "instruction"])
+    with pytest.raises(SystemExit):
+        prepare.main()
+    assert "--field takes OURS=THEIRS" in capsys.readouterr().err
+    assert not (edits / "out").exists() or not list((edits / "out").rglob("manifest.json"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -124,3 +125,14 @@ def test_reading_needs_neither_tensorflow_nor_beam():
         "assert not {'tensorflow', 'apache_beam', 'tensorflow_datasets', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("module, missing", [("prepare", "apache_beam"), ("instructions", "openai")])
+def test_a_command_without_its_extra_says_what_to_install(tmp_path, module, missing):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{missing}'\")")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", f"npedit_jax.data.{module}", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"{module}: No module named '{missing}'; pip install 'npedit_jax[{module}]'")
+    assert len(result.stderr.splitlines()) == 1
