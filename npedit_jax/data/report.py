@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from npedit_jax.data import buckets as buckets_lib
-from npedit_jax.data import images, pages, select
+from npedit_jax.data import images, pages
 from npedit_jax.data.records import KEPT, RecordError, Records
 
 _BODY = """
@@ -72,7 +72,7 @@ def write(
     groups = []
     for number, name in enumerate(found.edit_types):
         groups.append((name, np.flatnonzero((rows["left_out"] == KEPT) & (rows["edit_type"] == number))))
-    for number, reason in enumerate(select.REASONS, start=1):
+    for number, reason in enumerate(found.manifest["left_out"], start=1):
         groups.append((f"left out: {reason}", np.flatnonzero(rows["left_out"] == number)))
     rng = np.random.default_rng(0)
     pages.write(

@@ -16,7 +16,7 @@ from etils import epath
 from npedit_jax.data import edit_types
 from npedit_jax.data.records import KEPT, Records, save_index
 
-REASONS = ("duplicate", "small_image", "elongated", "no_instruction", "long_instruction", "unmapped_edit_type")
+REASONS = ("small_image", "elongated", "no_instruction", "long_instruction", "unmapped_edit_type", "duplicate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Filters:
     """Limits of what is used.
 
     Attributes:
-      duplicates: whether the first of several records with the same image and instruction is used alone.
+      duplicates: whether of the records with the same image and instruction that pass the rest the first alone is used.
       min_side: pixels of the shorter side.
       max_elongation: the longer side over the shorter.
       instruction: whether records need one; those without can be given one, see `data.instructions`.
@@ -47,7 +47,6 @@ def apply(directory: epath.PathLike, filters: Filters) -> dict[str, int]:
     short, long = np.minimum(rows["height"], rows["width"]), np.maximum(rows["height"], rows["width"])
     known = np.isin(found.edit_types, edit_types.EDIT_TYPES)[rows["edit_type"]] if len(rows) else np.zeros(0, bool)
     holds = {
-        "duplicate": filters.duplicates & _repeated(rows["content"]),
         "small_image": short < filters.min_side,
         "elongated": long > filters.max_elongation * short,
         "no_instruction": filters.instruction & (rows["instruction"] == 0),
@@ -55,8 +54,11 @@ def apply(directory: epath.PathLike, filters: Filters) -> dict[str, int]:
         "unmapped_edit_type": filters.known_edit_types & ~known,
     }
     rows["left_out"] = KEPT
-    for number, reason in reversed(list(enumerate(REASONS, start=1))):
-        rows["left_out"][holds[reason]] = number
+    for reason in reversed(holds):
+        rows["left_out"][holds[reason]] = 1 + REASONS.index(reason)
+    if filters.duplicates:  # of what is left, so that one of several that are alike is used
+        kept = np.flatnonzero(rows["left_out"] == KEPT)
+        rows["left_out"][kept[_repeated(rows["content"][kept])]] = 1 + REASONS.index("duplicate")
     save_index(directory, {**found.manifest, "filters": dataclasses.asdict(filters)}, rows, REASONS)
     return Records(directory).manifest["left_out"]
 

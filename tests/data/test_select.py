@@ -32,6 +32,16 @@ def test_each_reason_and_back(tmp_path):
     assert before == [path.read_bytes() for path in sorted(tmp_path.glob("*.array_record*"))]
 
 
+def test_of_records_that_are_alike_one_that_passes_the_rest_is_used(tmp_path):
+    alike = [record(0, id=id, edit_type=edit_type) for id, edit_type in
+             (("zoom", "zoom_in"), ("first", "remove"), ("second", "remove"))]  # fmt: skip
+    records.write(tmp_path, "cats", alike)
+    left_out = select.apply(tmp_path, Filters())
+    assert left_out == dict.fromkeys(select.REASONS, 0) | {"unmapped_edit_type": 1, "duplicate": 1}
+    found = records.Records(tmp_path)
+    assert [found[number].id for number in found.kept()] == ["first"]
+
+
 def test_command(tmp_path):
     records.write(tmp_path / "cats", "cats", [record(0), record(1, height=100)])
     command = [sys.executable, "-m", "npedit_jax.data.select", "--records"]
