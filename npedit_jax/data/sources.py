@@ -17,9 +17,10 @@ from npedit_jax.data.records import RecordError, Records, Shards
 
 # A mirrored image no longer fits a text that tells the sides apart, and mirrored letters are none.
 _SIDED = re.compile(
-    r"\b((left|right)(most|wards?)?|(anti|counter)?clockwise)\b"
-    r"|\b(texts?|words?|letter\w*|writ\w+|caption\w*|sign\w*|logos?|fonts?|labels?|numbers?|digits?|reads?|says?|spell\w*)\b"
-    r"|[\"“”«»]",
+    r"\b((left|right)(most|wards?|[- ]?hand(ed)?|[- ]?side)?|(anti|counter)?-?clockwise)\b"
+    r"|\b(texts?|words?|letter\w*|writ\w+|wrote|caption\w*|sign\w*|logos?|fonts?|labels?|numbers?|digits?|reads?|says?"
+    r"|spell\w*|typograph\w*|inscri\w+|titles?|slogans?|graffiti|watermarks?|monograms?|initials|plates?)\b"
+    r"|[\"“”«»]|(?<!\w)['‘][^'’]+['’](?!\w)",
     re.IGNORECASE,
 )
 DO_NOTHING = ("do nothing.", "change nothing.", "keep the image as it is.")
@@ -219,7 +220,7 @@ class _Reader:
         except (RecordError, images.BadImage) as error:
             raise Unusable(id, error.reason, str(error)) from error
         texts = (record.instruction, record.edited_caption, record.input_caption)
-        sided = record.edit_type == "text" or any(map(_SIDED.search, texts))
+        sided = record.edit_type == "text" or any(map(_SIDED.search, (*texts, record.object)))
         if rng.random() < self.flip and not sided:
             image = image[:, ::-1]
         return Example(image, *texts, record.object, id)

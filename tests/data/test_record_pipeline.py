@@ -282,6 +282,10 @@ def test_flip_leaves_texts_that_tell_the_sides_apart(made, tmp_path):
         2: dict(input_caption='a shop called "Flora"'),
         9: dict(instruction="change the text on the sign"),
         10: dict(instruction="make it bright"),  # "right" is no word of it
+        3: dict(object="the lamp at the left-hand side"),
+        4: dict(input_caption="a café named ‘Flora’"),
+        5: dict(instruction="turn the wheel anti-clockwise"),
+        11: dict(instruction="style the man's hat, the dogs' bowl and the cats' sofa"),
     }
     for number, changes in texts.items():
         record_sets.changed(sided, number, **changes)
@@ -295,7 +299,7 @@ def test_flip_leaves_texts_that_tell_the_sides_apart(made, tmp_path):
             same = (a["reference"][row] == b["reference"][row]).all()
             assert same or (a["reference"][row] == b["reference"][row][:, ::-1]).all()
             kept |= {int(id.split("/")[1])} if same else set()
-    assert kept == {0, 1, 2, 9}
+    assert kept == {0, 1, 2, 3, 4, 5, 9}
 
 
 def test_customization_has_its_prefix_and_questions(found, made, tmp_path):
