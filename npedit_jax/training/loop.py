@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from npedit_jax import parallel
-from npedit_jax.data.batches import iterate
+from npedit_jax.data.batches import TooManyBadRecords, iterate
 from npedit_jax.training import stages, state, stopping, telemetry
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.faults import RunFault
@@ -40,7 +40,7 @@ def run(
 
     Raises:
       Stopped: a signal asked for it, on any host; the run has saved.
-      RunFault: it cannot go on; the checkpoints are whole.
+      RunFault, TooManyBadRecords: it cannot go on; the checkpoints are whole.
     """
     with jax.set_mesh(stage.mesh):
         return _run(config, stage, workdir, preview)
@@ -126,7 +126,7 @@ def _closing(
     """Lets what is under way come to its end, also where the run ends with a fault."""
     try:
         yield
-    except (RunFault, OSError):
+    except (RunFault, TooManyBadRecords, OSError):
         for each in (log, checkpoints):
             with contextlib.suppress(RunFault, OSError):
                 each.close()

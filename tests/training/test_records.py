@@ -1,6 +1,7 @@
 """Training from records: past bad records, interrupted and resumed."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from npedit_jax.data.batches import Reading, TooManyBadRecords
 from npedit_jax.training import loop, networks, stages, steps, telemetry, workdirs
+from npedit_jax.training.checkpoint import Checkpoints
 from tests.data import record_sets
 from tests.training.tiny_networks import DENOISER, LANGUAGE, SPECS
 
@@ -97,8 +99,13 @@ def test_interrupted_run_repeats_the_uninterrupted_one(directory, stage, tmp_pat
 
 
 def test_too_many_bad_records_end_the_run(directory, stage, tmp_path):
-    with pytest.raises(TooManyBadRecords, match="1 of [0-9]+ samples"):
-        run(config(directory, max_bad_share=0.0), stage, tmp_path / "run")
+    settings = config(directory, max_bad_share=0.001)  # of a thousand samples at least: the second one is too many
+    settings.checkpoint.every = 1
+    with pytest.raises(TooManyBadRecords, match="2 of [0-9]+ samples") as error:
+        run(settings, stage, tmp_path / "run")
+    done = int(re.search(r"of (\d+) samples", str(error.value))[1]) // 10 - 1
+    assert done > 0 and Checkpoints(tmp_path / "run", every=1, keep=2, read_only=True).latest() == done
+    assert untimed(tmp_path / "run")[-1]["step"] == done
 
 
 def test_samples_of_weight_zero_change_nothing():
