@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -210,8 +211,14 @@ class Shards:
     """The shards of a directory, read at random; small enough to be handed to another process."""
 
     def __init__(self, directory: epath.PathLike, shards: Sequence[Mapping[str, Any]]):
-        """`shards` are the manifest's; a file is opened when it is first read."""
+        """`shards` are the manifest's; a file is opened when it is first read.
+
+        Raises:
+          ValueError: the directory is an address, which ArrayRecord does not open.
+        """
         self._directory, self._shards = epath.Path(directory), shards
+        if "://" in str(directory):
+            raise ValueError(f"shards are opened by their path; mount the bucket of {directory} and give that path")
         self._data = array_record_data_source.ArrayRecordDataSource(
             [_Shard(str(self._directory / shard["file"]), shard["count"]) for shard in shards]
         )
@@ -262,19 +269,23 @@ class Records:
 
         Raises:
           FileNotFoundError: no manifest there.
-          ValueError: another schema, or an index that does not fit the manifest.
+          ValueError: another schema, a damaged manifest or index, or an index that does not fit the manifest.
         """
         self.directory = epath.Path(directory)
         if not (self.directory / MANIFEST).exists():
             raise FileNotFoundError(
                 f"no records in {directory} (no {MANIFEST}); write them with python -m npedit_jax.data.prepare"
             )
-        self.manifest = json.loads((self.directory / MANIFEST).read_text())
-        if self.manifest["schema"] != SCHEMA:
-            raise ValueError(f"{directory} has schema {self.manifest['schema']}, this reads {SCHEMA}; prepare it anew")
-        with (self.directory / INDEX).open("rb") as file, np.load(file) as arrays:
-            self.index = arrays["rows"]
-        counts = sum(shard["count"] for shard in self.manifest["shards"])
+        try:
+            self.manifest = json.loads((self.directory / MANIFEST).read_text())
+            schema, counts = self.manifest["schema"], sum(shard["count"] for shard in self.manifest["shards"])
+            with (self.directory / INDEX).open("rb") as file, np.load(file) as arrays:
+                self.index = arrays["rows"]
+        except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{MANIFEST} or {INDEX} in {directory} is damaged ({told}); prepare it anew") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{directory} has schema {schema}, this reads {SCHEMA}; prepare it anew")
         if not len(self.index) == counts == self.manifest["count"] or self.index.dtype != INDEX_TYPE:
             raise ValueError(f"{directory}: {INDEX} has {len(self.index)} rows for {counts} records; prepare it anew")
         self.shards = Shards(self.directory, self.manifest["shards"])

@@ -114,9 +114,23 @@ def test_directories_without_records_or_of_another_time(tmp_path):
     manifest.write_text(json.dumps({**found.manifest, "schema": 2}))
     with pytest.raises(ValueError, match="schema 2"):
         records.Records(tmp_path / "cats")
+    with pytest.raises(ValueError, match="mount the bucket of gs://bucket/cats"):
+        records.Shards("gs://bucket/cats", found.manifest["shards"])
     manifest.write_text(json.dumps({**found.manifest, "count": 2}))
     with pytest.raises(ValueError, match="1 rows"):
         records.Records(tmp_path / "cats")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "index.npz"])
+@pytest.mark.parametrize("kept", [0, 40, -30])
+def test_damaged_manifest_or_index_is_told_in_a_line(tmp_path, file, kept):
+    records.write(tmp_path, "cats", [record(number) for number in range(3)])
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"manifest.json or index.npz in .* is damaged \(.*prepare it anew"):
+        records.Records(tmp_path)
+    (tmp_path / file).write_bytes(b"[1, 2]")
+    with pytest.raises(ValueError, match="is damaged"):
+        records.Records(tmp_path)
 
 
 def test_reading_needs_neither_tensorflow_nor_beam():
