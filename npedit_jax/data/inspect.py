@@ -4,14 +4,14 @@ Every text on the page is decoded from the batch's token ids, every picture is t
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from npedit_jax.data import pages
+from npedit_jax.data import easyvqa, edit_types, pages
 from npedit_jax.data.batches import NOTES, Sample
 from npedit_jax.data.tokenize import read_tokenizer
 
@@ -41,13 +41,21 @@ _SAMPLES = flags.DEFINE_integer("samples", 8, "How many samples of each batch.")
 
 
 def write(
-    output: str, title: str, steps: Mapping[int, Sample], tokenizers: Mapping[str, Any], *, samples: int, inner: bool
+    output: str,
+    title: str,
+    steps: Mapping[int, Sample],
+    tokenizers: Mapping[str, Any],
+    types: Sequence[str],
+    *,
+    samples: int,
+    inner: bool,
 ) -> None:
     """Writes the page.
 
     Args:
       steps: batches by step.
       tokenizers: "text" and, where there are questions, "scorer": what gave the ids.
+      types: names of the edit types by their number.
       samples: how many of each batch.
       inner: whether batches have a leading axis of inner batches.
     """
@@ -57,7 +65,7 @@ def write(
         for place, part in enumerate(parts):
             image = next(value for value in part.values() if getattr(value, "dtype", None) == np.uint8)
             height, width = image.shape[-3:-1]
-            rows = [_shown(_at(part, row), tokenizers) for row in range(min(samples, len(image)))]
+            rows = [_shown(_at(part, row), tokenizers, types) for row in range(min(samples, len(image)))]
             label = f"{place + 1} of {len(parts)}" if inner else ""
             shown.append({"step": step, "inner": label, "size": f"{height} x {width}", "samples": rows})
     pages.write(output, "Batches", _BODY, config=title, start=min(steps), batches=shown)
@@ -74,7 +82,7 @@ def _at(batch: Sample, place: int) -> Sample:
     return found
 
 
-def _shown(sample: Sample, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(sample: Sample, tokenizers: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
     """The pictures and (name, value, whether it is bad) of a sample's fields."""
     pictures, fields, notes = [], [], sample[NOTES]
     for name, value in sample.items():
@@ -91,7 +99,9 @@ def _shown(sample: Sample, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
             text = tokenizers["text"].decode(sample[f"{name}_ids"][mask].tolist(), skip_special_tokens=False)
             fields.append((f"{name}, {mask.sum()} of {mask.size} tokens", text, False))
     fields += _questions(sample, tokenizers)
-    for name in ("edit_type", "guidance", "weight", "dmd_weight", "identity_weight"):
+    if "edit_type" in sample:
+        fields.append(("edit_type", types[sample["edit_type"]], False))
+    for name in ("guidance", "weight", "dmd_weight", "identity_weight"):
         if name in sample:
             fields.append((name, f"{sample[name]}", name == "weight" and not sample[name]))
     return {"pictures": pictures, "fields": fields}
@@ -144,8 +154,16 @@ def main(argv: list[str]) -> int:
             for name, field in names.items()
             if field in config.data
         }
-        inner = config.stage == "npedit"
-        write(_OUTPUT.value, f"Stage {config.stage}", steps, tokenizers, samples=_SAMPLES.value, inner=inner)
+        types = edit_types.EDIT_TYPES if "records" in config.data else easyvqa.EDIT_TYPES
+        write(
+            _OUTPUT.value,
+            f"Stage {config.stage}",
+            steps,
+            tokenizers,
+            types,
+            samples=_SAMPLES.value,
+            inner=config.stage == "npedit",
+        )
     except (FileNotFoundError, ValueError) as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 1

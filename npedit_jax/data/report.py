@@ -15,7 +15,7 @@ from npedit_jax.data import images, pages
 from npedit_jax.data.records import KEPT, RecordError, Records
 
 _BODY = """
-<p>{{ manifest.count }} records in {{ manifest.shards | length }} shards, {{ "%.1f" % (bytes / 1e9) }} GB;
+<p>{{ manifest.count }} records in {{ manifest.shards | length }} shards, {{ bytes | filesizeformat }};
 {{ manifest.kept }} are used, of {{ pictures_used }} different images.</p>
 <h2>Records used, by edit type and bucket (height x width)</h2>
 <div class="scroll"><table>

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from npedit_jax.data import batches
 from npedit_jax.data.batches import Feed, Reading, Stream
 
-STEPS = 16
+STEPS = 10
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 11, 13, 31, 37])  # smaller than a batch, prime, none at all
 tables = st.integers(1, 3).flatmap(
     lambda buckets: st.lists(st.tuples(*[SIZES] * buckets).filter(any), min_size=1, max_size=4)
@@ -28,7 +28,7 @@ def draw(name, bucket, number, rng):
     }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     tables,
     st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4),

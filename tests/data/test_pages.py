@@ -1,5 +1,6 @@
 """The pages that a person reads: everything on them is what the batch or the records hold."""
 
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def test_batches_as_the_model_sees_them(tmp_path, packed):
     )
     tools = {name: tool._tokenizer for name, tool in record_sets.tokenizers().items()}
     steps = {step: dataset[step] for step in range(4)}
-    inspect.write(str(tmp_path / "page.html"), "title", steps, tools, samples=6, inner=True)
+    inspect.write(str(tmp_path / "page.html"), "title", steps, tools, RecordSource.edit_types, samples=6, inner=True)
     page = text_of(tmp_path / "page.html")
     told = np.concatenate([steps[step]["notes"]["id"].ravel() for step in steps])
     assert page.count("<dt>record</dt>") == 48 and all(f"<dd>{id}</dd>" in page for id in told)
@@ -36,7 +37,23 @@ def test_batches_as_the_model_sees_them(tmp_path, packed):
     assert page.count("The editor was told: style item") == np.sum(np.array(style) & np.array(good))
     assert "Is this to be seen in the image: cat?" in page and "[16 tokens, rows 16 to 31 of the images]" in page
     assert "Step 3, inner batch 2 of 2" in page and "ugly" in page
+    assert page.count("<dt>edit_type</dt><dd>style</dd>") == np.sum(style)
     assert ("bad" in page) and ("empty: the image file is empty" in page) == any("0004" in id for id in told)
+
+
+def test_command_shows_the_batches_of_a_config(tmp_path):
+    record_sets.write(tmp_path / "photographs", record_sets.photograph_records(30))
+    (tmp_path / "config.py").write_text(
+        "from tests.training.test_records import config\n"
+        f"def get_config():\n    return config({str(tmp_path / 'photographs')!r})\n"
+    )
+    command = [sys.executable, "-m", "npedit_jax.data.inspect", "--config", str(tmp_path / "config.py")]
+    command += ["--output", str(tmp_path / "page.html"), "--steps", "2", "--start", "3", "--samples", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and result.stdout.strip() == str(tmp_path / "page.html"), result.stderr
+    page = text_of(tmp_path / "page.html")
+    assert page.count("<dt>record</dt>") == 8 and "Step 4, 32 x 32" in page and "Stage warmup" in page
 
 
 def test_report_counts_what_the_index_holds(tmp_path):
