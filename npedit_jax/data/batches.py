@@ -113,7 +113,8 @@ def batches(streams: Mapping[str, Stream], feed: Feed) -> grain.MapDataset:
 class Batches:
     """Iterates over batches from any of them on, reading ahead; counts what was bad or cut and keeps it from the step.
 
-    Its state is the number of batches and the counts: neither the number of hosts nor `Reading` is part of it.
+    Its state is the number of batches and the counts: neither the number of hosts nor `Reading` is part of it. All
+    hosts are at the same batch; each has counts of its own. A checkpoint keeps the first host's; all go on from them.
 
     Attributes:
       counts: samples read, bad ones and texts cut, and bad ones by reason, since the run began: on this host.

@@ -84,7 +84,7 @@ def _run(
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, limit, pending)
             if step % config.log.every == 0 or step == config.steps:
-                counts = {f"data/{name}": batches.counts[name] for name in ("bad", "cut")}
+                counts = {f"data/{name}": count for name, count in batches.counts.items() if name != "samples"}
                 pending = (step, metrics, meter.read() | counts)
             profiler.after(step, metrics)
             bar.update()
