@@ -219,41 +219,48 @@ def _collect(
     texts = ("instruction", "edited_caption", "input_caption")
     lacking = np.logical_or.reduce([found.index[text] == 0 for text in texts])
     waiting = iter([number for number in np.flatnonzero(lacking).tolist() if number not in done])
-
-    def answer(number: int) -> dict:
-        try:
-            record = found[number]
-            edit_type = record.edit_type if record.edit_type in KINDS else _draw(shares, seed, found.index[number])
-            return {"number": number, "edit_type": edit_type, **ask(record, edit_type)}
-        except (InvalidAnswer, NoEdit, RecordError, images.BadImage) as error:
-            return {"number": number, "problem": f"{type(error).__name__}: {error}"}
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return {"number": number, "refused": error}
-
     progress = tqdm.tqdm(total=int(lacking.sum()), initial=len(done), unit="record", mininterval=1.0)
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool, path.open("a") as log, progress:
         log.write("\n" if done else "")  # an outage may have cut the last line
-        running = {pool.submit(answer, number) for number in itertools.islice(waiting, 2 * concurrency)}
-        refusals = 0
+
+        def submit(count: int) -> set[concurrent.futures.Future]:
+            return {
+                pool.submit(_answer, found, ask, shares, seed, number) for number in itertools.islice(waiting, count)
+            }
+
+        running, refusals = submit(2 * concurrency), 0
         try:
             while running:
                 finished, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in finished:
-                    line = future.result()
-                    problem = line.get("problem") or line.get("refused")
-                    if problem:
-                        logging.warning("record %s: %s", found.shards.describe(line["number"]), problem)
-                    refusals = refusals + 1 if "refused" in line else 0
+                for number, answer in (future.result() for future in finished):
+                    refused = isinstance(answer, openai.APIStatusError)
+                    if problem := answer if refused else answer.get("problem"):
+                        logging.warning("record %s: %s", found.shards.describe(number), problem)
+                    refusals = refusals + 1 if refused else 0
                     if refusals == _REFUSALS:
-                        raise line["refused"]
-                    if "refused" not in line:
-                        log.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        raise answer
+                    if not refused:
+                        log.write(json.dumps({"number": number, **answer}, ensure_ascii=False) + "\n")
                     progress.update()
                 log.flush()
-                running |= {pool.submit(answer, number) for number in itertools.islice(waiting, len(finished))}
+                running |= submit(len(finished))
         except openai.OpenAIError:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _answer(
+    found: Records, ask: Asker, shares: Mapping[str, float], seed: int, number: int
+) -> tuple[int, dict[str, str] | openai.APIStatusError]:
+    """A record's number, and its texts with their edit type, or the problem with it, or how its request was refused."""
+    try:
+        record = found[number]
+        edit_type = record.edit_type if record.edit_type in KINDS else _draw(shares, seed, found.index[number])
+        return number, {"edit_type": edit_type, **ask(record, edit_type)}
+    except (InvalidAnswer, NoEdit, RecordError, images.BadImage) as error:
+        return number, {"problem": f"{type(error).__name__}: {error}"}
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        return number, error
 
 
 def _read_answers(path: epath.Path) -> Iterator[tuple[int, dict]]:
