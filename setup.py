@@ -43,7 +43,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "wandb": ["wandb"],
         "torch": ["torch==2.13.0", "diffusers>=0.37"],
-        "demo": ["gradio>=5.16"],
+        "demo": ["gradio>=6"],
         "docs": ["mkdocs-material>=9.5"],
         "evaluate": ["openai>=1.60", "pyarrow", "scikit-image"],
         "prepare": PREPARE,

@@ -8,6 +8,7 @@ but those with a user name and password when --auth gives them.
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 from typing import Any
@@ -22,8 +23,10 @@ from npedit_jax.judge import Judge, has_scorer, successes
 from npedit_jax.training import workdirs
 from npedit_jax.training.faults import RunFault
 
-MAX_UPLOAD = "20mb"
+MAX_UPLOAD = 20_000_000  # bytes of a file
+MAX_REQUEST = MAX_UPLOAD + 2**20  # bytes of a file and the form around it, or of anything else that is sent
 HISTORY = 24  # edits kept for a visitor
+CLEAN_UP = (3600, 24 * 3600)  # every hour, files of a day ago
 SHOWN = 512  # pixels of a small picture's longer side as shown
 History = list[tuple[Image.Image, str]]
 
@@ -71,9 +74,6 @@ def build(demo: Demo, title: str) -> Any:
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
-    # Gradio opens what is uploaded before this module sees it; Pillow refuses twice this number by itself.
-    Image.MAX_IMAGE_PIXELS = pictures.MAX_PIXELS // 2
-
     def run(file: str | None, instruction: str, seed: float, fresh: bool, history: History):
         seed = random.randrange(SEEDS) if fresh else seed
         try:
@@ -83,12 +83,18 @@ def build(demo: Demo, title: str) -> Any:
         history = [(edited, f"{instruction} · {words}"), *history][:HISTORY]
         return (reference, edited), words, seed, history, history
 
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=CLEAN_UP) as page:
         history = gr.State([])
         gr.Markdown(f"# {title}")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture")
+                image = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,  # the file as it came: `pictures` knows what is see-through, turned or deep
+                    sources=["upload", "clipboard"],
+                    elem_id="picture",
+                )
                 instruction = gr.Textbox(label="What to do", placeholder="make the circle red", elem_id="instruction")
                 with gr.Row():
                     seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=SEEDS - 1, elem_id="seed")
@@ -104,11 +110,37 @@ def build(demo: Demo, title: str) -> Any:
     return page
 
 
+class BodyLimit:
+    """Refuses requests of more than MAX_REQUEST bytes, as ASGI middleware: Gradio's own limit is one of files alone."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on; what reads too much of its body gets status 413 as an exception."""
+        from starlette.exceptions import HTTPException
+
+        taken = 0
+
+        async def counted() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_REQUEST:
+                raise HTTPException(413, f"a request has at most {MAX_REQUEST} bytes")
+            return message
+
+        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+
+
 def serve(demo: Demo, host: str, port: int | None, auth: tuple[str, str] | None = None) -> None:
-    """Serves the page until the process is ended; files come from a folder of its own alone, removed at the end."""
+    """Serves the page until Ctrl-C or SIGTERM; files come from a folder of its own alone, removed at the end."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="npedit-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
+        os.environ["GRADIO_RUN_HISTORY"] = "False"  # offers to send edits elsewhere
         import gradio as gr
+        from starlette.middleware import Middleware
 
         page = build(demo, "npedit_jax: edit a picture")
         _, address, _ = page.queue(max_size=32).launch(
@@ -119,6 +151,7 @@ def serve(demo: Demo, host: str, port: int | None, auth: tuple[str, str] | None 
             max_file_size=MAX_UPLOAD,
             allowed_paths=[],
             ssr_mode=False,
+            app_kwargs={"middleware": [Middleware(BodyLimit)]},
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from elsewhere
             prevent_thread_lock=True,
             quiet=True,

@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from npedit_jax.data import easyvqa as dataset
+from npedit_jax.edit import positive
 from npedit_jax.editor import FITS, Editor
 from npedit_jax.evaluation import easyvqa, report
 from npedit_jax.judge import Judge, has_scorer
@@ -85,6 +86,8 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
     config = workdirs.read_config(given.checkpoint)
     read = {"gedit": cases_lib.gedit, "dreambooth": cases_lib.dreambooth, "folder": cases_lib.folder}[given.benchmark]
     cases = read(given.data, given.languages) if given.benchmark == "gedit" else read(given.data)
+    if not cases:
+        raise ValueError(f"{given.data} holds nothing to edit")
     cases = cases[: given.limit]
     settings = {
         name: getattr(given, name) for name in ("benchmark", "checkpoint", "raw", "seed", "fit", "original_size")
@@ -137,13 +140,6 @@ def progress(total: int, label: str) -> tqdm.tqdm:
     """A progress bar over edits with the time left, sparse when not on a terminal."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm.tqdm(total=total, desc=label, unit="edit", mininterval=interval, dynamic_ncols=True)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,15 +3,19 @@
 DEMO_SCREENSHOT=FILE.png keeps the picture of the page, DEMO_CHECKPOINT=RUN shows that run's editor on it.
 """
 
+import io
+import json
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 
 import pytest
 from PIL import Image
@@ -19,6 +23,7 @@ from skimage import data
 
 from npedit_jax import demo
 from npedit_jax.data import easyvqa
+from tests.evaluation.vie_server import serving
 from tests.faults.command import ROOT
 from tests.tiny_editor import write_run
 
@@ -34,18 +39,24 @@ def run(tmp_path_factory):
     return write_run(root, "package:pretrained/easyvqa/text_encoder", SAMPLING, scorer=True)
 
 
-@pytest.fixture(scope="module")
-def address(run, tmp_path_factory):
-    """The command, serving."""
-    log = tmp_path_factory.mktemp("log") / "log"
+def _start(run, log, environment=None):
+    """The command once it serves, and its address."""
     command = [sys.executable, "-m", "npedit_jax.demo", "--checkpoint", str(run)]
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+        )
     deadline = time.monotonic() + 120
     while not (found := re.search(r"the page is at (http://\S+)", log.read_text())):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
-    yield found[1].rstrip("/")
+    return process, found[1].rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def address(run, tmp_path_factory):
+    process, address = _start(run, tmp_path_factory.mktemp("log") / "log")
+    yield address
     process.terminate()
     process.wait(30)
 
@@ -68,17 +79,81 @@ def test_no_file_of_the_machine_is_served(address, run):
         assert _status(address, f"/gradio_api/file={path}") in (403, 404), path
 
 
-def test_upload_that_is_too_large_is_refused(address):
-    def upload(size):
-        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        body += bytes(size) + b"\r\n--x--\r\n"
-        headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        return urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
+def _upload(address: str, data: bytes) -> str:
+    """Where the server has put a file."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + data + b"\r\n--x--\r\n"
+    request = urllib.request.Request(
+        f"{address}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)[0]
 
-    assert urllib.request.urlopen(upload(1000), timeout=30).status == 200
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(upload(21_000_000), timeout=60)
-    assert refused.value.code == 413
+
+def _post(address: str, path: str, body: bytes) -> int:
+    request = urllib.request.Request(f"{address}{path}", body, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60).status
+
+
+def _edit(address: str, picture: dict[str, str], words: str = "remove the circle") -> dict:
+    """What the server answers to the button, pressed without a browser."""
+    session = uuid.uuid4().hex
+    picture = picture | {"meta": {"_type": "gradio.FileData"}}
+    event = {"data": [picture, words, 0, False, None], "fn_index": 0, "session_hash": session}
+    assert _post(address, "/gradio_api/queue/join", json.dumps(event).encode()) == 200
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=120) as answer:
+        for line in answer:
+            if line.startswith(b"data:") and (found := json.loads(line[5:]))["msg"] == "process_completed":
+                return found
+    raise AssertionError("no answer")
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return data.getvalue()
+
+
+def test_upload_that_is_too_large_is_refused(address):
+    assert _upload(address, bytes(1000))
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        _upload(address, bytes(20_500_000))
+    with pytest.raises(urllib.error.HTTPError, match="413"):  # a picture within the words that are sent
+        _post(address, "/gradio_api/queue/join", b'{"data": ["data:image/png;base64,' + b"A" * 25_000_000 + b'"]}')
+
+
+def test_picture_with_too_many_pixels_is_told(address):
+    answer = _edit(address, {"path": _upload(address, _png(Image.new("1", (9000, 9000))))})
+    assert not answer["success"] and "more than 67108864 pixels" in answer["output"]["error"]
+
+
+def test_what_is_see_through_lies_on_white(address):
+    answer = _edit(address, {"path": _upload(address, _png(Image.new("RGBA", (64, 64), (255, 0, 0, 0))))})
+    assert answer["success"], answer
+    with urllib.request.urlopen(answer["output"]["data"][0][0]["url"], timeout=30) as file:
+        assert Image.open(file).convert("RGB").getcolors()[0][1] == (255, 255, 255)
+
+
+def test_only_what_was_uploaded_is_edited(address, tmp_path):
+    """Neither a file of the machine nor an address that it can reach."""
+    (tmp_path / "secret.png").write_bytes(_png(Image.new("RGB", (64, 64), "red")))
+    with serving(lambda number, content: (200, "")) as other:
+        inside = other.url.removesuffix("/v1") + "/secret.png"
+        for picture in (
+            {"path": str(tmp_path / "secret.png")},
+            {"path": inside},
+            {"path": inside, "url": inside},
+            {"path": f"{_upload(address, b'x')}/../../../../../../..{tmp_path}/secret.png"},
+        ):
+            assert not _edit(address, picture)["success"], picture
+        assert other.requests == [] and other.paths == []
+
+
+def test_its_folder_is_gone_when_it_is_ended(run, tmp_path):
+    process, _ = _start(run, tmp_path / "log", {"TMPDIR": str(tmp_path)})
+    assert list(tmp_path.glob("npedit-demo-*"))
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("npedit-demo-*"))
 
 
 def test_pictures_and_words_that_cannot_be_used_are_told(run, tmp_path):
