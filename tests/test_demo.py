@@ -1,6 +1,8 @@
 """The page as a visitor meets it: a real upload in headless Chromium, and what it must refuse.
 
-DEMO_SCREENSHOT=FILE.png keeps the picture of the page, DEMO_CHECKPOINT=RUN shows that run's editor on it.
+The picture of the page in the README, of a run's editor:
+
+    DEMO_CHECKPOINT=runs/easyvqa DEMO_SCREENSHOT=docs/demo.png python -m pytest tests/test_demo.py -k visitor
 """
 
 import io
@@ -10,6 +12,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +74,10 @@ def _status(address: str, path: str) -> int:
 
 def test_it_listens_on_this_machine_alone(address):
     assert address.startswith("http://127.0.0.1:")
+    port = int(address.rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    with pytest.raises(ConnectionRefusedError):  # as any other address of the machine
+        socket.create_connection(("127.0.0.2", port), timeout=10)
 
 
 def test_no_file_of_the_machine_is_served(address, run):

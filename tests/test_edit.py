@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -210,6 +211,24 @@ def test_batch_file_of_several_sizes(run, tmp_path):
     edit.main(["--checkpoint", str(run), "--batch", str(tmp_path / "requests.jsonl")])
     sizes = [Image.open(tmp_path / f"out{index}.png").size for index in range(3)]
     assert sizes == [(16, 16), (8, 16), (16, 16)]
+
+
+def test_pictures_of_a_batch_are_not_all_in_memory(run, tmp_path, monkeypatch):
+    alive, most, read = weakref.WeakSet(), [], pictures.read
+
+    def counted(file):
+        image = read(file)
+        alive.add(image)
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(edit.pictures, "read", counted)
+    requests = []
+    for number in range(20):
+        Image.fromarray(_images(1)[0]).save(tmp_path / f"{number}.png")
+        requests.append(edit.Request(str(tmp_path / f"{number}.png"), "do nothing.", "", number))
+    assert len(dict(edit.make(run, requests, edit.DEFAULTS))) == 20
+    assert len(most) == 40 and max(most) <= 3
 
 
 @pytest.fixture
