@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Entry points that run here as the page says; of the others the options are looked up.
 RUN = ("edit", "evaluate", "export", "demo", "convert", "data.prepare", "data.select", "data.report", "pytorch.edit")
-NEEDS = {"data.prepare": "apache_beam", "demo": "gradio"}
+NEEDS = {"data.prepare": "apache_beam"}
 # What a page's line may begin with, apart from variables, and is then one of these checked kinds of commands.
 SHELL = ("python", "python3", "pip", ".venv/bin/pip", "bash", "git", "vllm", "export")
 SAMPLING = dict(times=(1.0, 0.5), sampler="ddim", eta=1.0)

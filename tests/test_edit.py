@@ -214,12 +214,12 @@ def test_batch_file_of_several_sizes(run, tmp_path):
 
 
 def test_pictures_of_a_batch_are_not_all_in_memory(run, tmp_path, monkeypatch):
-    alive, most, read = weakref.WeakSet(), [], pictures.read
+    made, most, read = [], [], pictures.read
 
     def counted(file):
         image = read(file)
-        alive.add(image)
-        most.append(len(alive))
+        made.append(weakref.ref(image))
+        most.append(sum(each() is not None for each in made))
         return image
 
     monkeypatch.setattr(edit.pictures, "read", counted)
