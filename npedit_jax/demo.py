@@ -42,7 +42,7 @@ class Demo:
     def __init__(self, editor: Editor, judge: Judge | None):
         self._editor, self._judge = editor, judge
 
-    def edit(self, file: str | None, instruction: str, seed: float) -> tuple[Image.Image, Image.Image, str]:
+    def edit(self, file: str | None, instruction: str, seed: int | None) -> tuple[Image.Image, Image.Image, str]:
         """Reference and edit, both at the networks' size, and what to say about them.
 
         Raises:
@@ -52,10 +52,12 @@ class Demo:
             raise ValueError("Upload a picture first.")
         if not instruction.strip():
             raise ValueError("Say what to do with it first.")
-        self._editor.check(instruction, int(seed))
+        if seed is None:
+            raise ValueError("Give a seed, a whole number.")
+        self._editor.check(instruction, seed)
         reference = self._editor.fit(pictures.read(file))
-        edited = self._editor.edit_batch(reference[None], [instruction], [int(seed)])
-        words = f"seed {int(seed)}"
+        edited = self._editor.edit_batch(reference[None], [instruction], [seed])
+        words = f"seed {seed}"
         if self._judge is not None:
             asked = [self._judge.questions(instruction)]
             ((done, kept),) = successes(self._judge(reference[None], edited, asked, batch=1), asked)
@@ -74,11 +76,11 @@ def build(demo: Demo, title: str) -> Any:
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
-    def run(file: str | None, instruction: str, seed: float, fresh: bool, history: History):
+    def run(file: str | None, instruction: str, seed: int | None, fresh: bool, history: History):
         seed = random.randrange(SEEDS) if fresh else seed
         try:
             reference, edited, words = demo.edit(file, instruction, seed)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise gr.Error(str(error)) from error
         history = [(edited, f"{instruction} · {words}"), *history][:HISTORY]
         return (reference, edited), words, seed, history, history

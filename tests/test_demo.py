@@ -170,15 +170,17 @@ def test_pictures_and_words_that_cannot_be_used_are_told(run, tmp_path):
     Image.new("RGB", (16, 16), "red").save(good)
     bomb = tmp_path / "bomb.png"
     Image.new("1", (40_000, 40_000)).save(bomb)
-    for file, words, told in [
-        (None, "remove the circle", "Upload a picture"),
-        (str(good), "  ", "Say what to do"),
-        (str(good), "make the dog purple", "unknown words"),
-        (str(bomb), "remove the circle", "pixels"),
-        (str(run / "config.json"), "remove the circle", "no known format"),
+    for file, words, seed, told in [
+        (None, "remove the circle", 0, "Upload a picture"),
+        (str(good), "  ", 0, "Say what to do"),
+        (str(good), "remove the circle", None, "Give a seed"),
+        (str(good), "remove the circle", -1, "from 0 to"),
+        (str(good), "make the dog purple", 0, "unknown words"),
+        (str(bomb), "remove the circle", 0, "pixels"),
+        (str(run / "config.json"), "remove the circle", 0, "no known format"),
     ]:
         with pytest.raises(ValueError, match=told):
-            page.edit(file, words, 0)
+            page.edit(file, words, seed)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium: apt-get install chromium")
