@@ -139,16 +139,16 @@ class Grader:
                 file.write(json.dumps(row) + "\n")
 
     def _complete(self, content: list[dict[str, Any]], temperature: float) -> str:
-        reply = self._client.chat.completions.create(
-            model=self._model,
-            messages=[{"role": "user", "content": content}],
-            temperature=temperature,
-            max_tokens=1024,
-        )
         try:
+            reply = self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": content}],
+                temperature=temperature,
+                max_tokens=1024,
+            )
             return reply.choices[0].message.content or ""
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"{self._client.base_url} gives no chat completion but {str(reply)[:200]!r}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # the client takes any JSON for an answer
+            raise ValueError(f"{self._client.base_url} gives no chat completion ({error})") from error
 
 
 def read_answers(file: epath.Path) -> dict[tuple[str, str], dict[str, Any]]:

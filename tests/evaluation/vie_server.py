@@ -35,8 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": answer}
         body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
         body |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        data = json.dumps(body if status == 200 else {"error": {"message": answer}}).encode()
-        data = answer if isinstance(answer, bytes) else data
+        whole = body if status == 200 else {"error": {"message": answer}}
+        data = answer if isinstance(answer, bytes) else json.dumps(whole).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
