@@ -102,14 +102,25 @@ def _workers(run) -> list[int]:
     return [int(pid) for pid in children if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+def _patient_with_the_first_batch_alone():
+    """A worker takes a while to start."""
+    take = Watched.__next__
+
+    def next_batch(self):
+        batch, self._seconds = take(self), 2.0
+        return batch
+
+    Watched.__next__ = next_batch
+
+
 @pytest.mark.parametrize(
     ("harm", "told"),
-    [(signal.SIGKILL, "the data pipeline failed: "), (signal.SIGSTOP, "no batch came within 3 s")],
+    [(signal.SIGKILL, "the data pipeline failed: "), (signal.SIGSTOP, "no batch came within 2 s")],
     ids=["killed", "hangs"],
 )
 def test_command_ends_when_its_worker_does_not_go_on(tmp_path, harm, told):
-    options = ("--config.data.reading.workers=1", "--config.guard.data_seconds=3.0", "--config.steps=100000")
-    run = Training(tmp_path / "run", *options)
+    options = ("--config.data.reading.workers=1", "--config.steps=100000")
+    run = Training(tmp_path / "run", *options, before=_patient_with_the_first_batch_alone)
     run.wait_for(lambda: reached(tmp_path / "run") >= 5)
     (worker,) = _workers(run)
     os.kill(worker, harm)
