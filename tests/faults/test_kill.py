@@ -42,26 +42,18 @@ def _writing(workdir):
     return any((workdir / "checkpoints").glob("*tmp*"))
 
 
-def test_killed_while_stepping_and_while_saving(whole, tmp_path):
+def test_killed_while_stepping_and_while_saving_and_the_newest_checkpoint_damaged(whole, tmp_path):
     workdir = tmp_path / "run"
     _kill(workdir, lambda: reached(workdir) >= 6)
-    _kill(workdir, lambda: reached(workdir) >= 10 and _writing(workdir))
-    assert Training(workdir).wait() == 0
-    _check_equal(workdir, whole)
-    assert not _writing(workdir)
-
-
-def test_damage_to_the_newest_checkpoint_is_named_and_passed_over(whole, tmp_path):
-    workdir = tmp_path / "run"
-    _kill(workdir, lambda: len(saved(workdir)) > 1)
-    older, newest = saved(workdir)[-2:]
+    _kill(workdir, lambda: reached(workdir) >= 10 and len(saved(workdir)) > 1 and _writing(workdir))
+    newest = saved(workdir)[-1]
     for file in (workdir / "checkpoints" / str(newest) / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     run = Training(workdir)
     assert run.wait() == 0
     assert f"checkpoint of step {newest} is damaged and passed over" in run.output()
-    assert (workdir / "damaged" / str(newest)).exists() and older < newest
+    assert (workdir / "damaged" / str(newest)).exists() and not _writing(workdir)
     _check_equal(workdir, whole)
 
 
@@ -103,23 +95,21 @@ def test_killed_fifty_times(tmp_path):
     _check_equal(workdir, outcome(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("often", [False, True], ids=["twice", "until-it-ends"])
-def test_sigterm_saves_and_another_one_does_no_harm(whole, tmp_path, often):
+def test_sigterm_saves_and_others_do_no_harm(whole, tmp_path):
     workdir = tmp_path / "run"
     run = Training(workdir)
     run.wait_for(lambda: reached(workdir) >= 6)
     started = time.monotonic()
-    for _ in range(2):
-        run.signal(signal.SIGTERM)
-    while often and run.process.is_alive():
+    while run.process.is_alive():
         run.signal(signal.SIGTERM)
         time.sleep(0.005)
-    # Once all is written and the handler gone, one more ends the process in the usual way.
-    assert run.wait() in ((128 + signal.SIGTERM, -signal.SIGTERM) if often else (128 + signal.SIGTERM,))
-    assert time.monotonic() - started < 30
     newest = saved(workdir)[-1]
+    # Once all is written and the handler gone, one more ends the process in the usual way.
+    if run.wait() != -signal.SIGTERM:
+        assert run.wait() == 128 + signal.SIGTERM
+        assert f"train: SIGTERM received: saved at step {newest}" in run.output()
+    assert time.monotonic() - started < 30
     assert newest >= 6 and newest == reached(workdir) and not _writing(workdir)
-    assert often or f"train: SIGTERM received: saved at step {newest}" in run.output()
     assert Training(workdir).wait() == 0
     _check_equal(workdir, whole)
 
