@@ -18,7 +18,7 @@ from absl import logging
 from PIL import Image
 
 from npedit_jax import pictures
-from npedit_jax.editor import FITS, SEEDS, Editor
+from npedit_jax.editor import FITS, SEEDS, TASKS, Editor
 from npedit_jax.judge import Judge, has_scorer, successes
 from npedit_jax.training import workdirs
 from npedit_jax.training.faults import RunFault
@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=None, help="by default the first free one from 7860 on")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for these")
     parser.add_argument("--fit", choices=FITS, default=FITS[0], help="how a picture's size is chosen")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="where a run has learned several")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     given = parser.parse_args(argv)
     auth = tuple(given.auth.split(":", 1)) if given.auth else None
@@ -177,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--auth takes USER:PASSWORD")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
     try:
-        editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit)
-        judge = Judge.of_run(given.checkpoint) if has_scorer(workdirs.read_config(given.checkpoint)) else None
+        editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=given.task)
+        scored = has_scorer(workdirs.read_config(given.checkpoint))
+        judge = Judge.of_run(given.checkpoint, task=given.task) if scored else None
         serve(Demo(editor, judge), given.host, given.port, auth)
     except ImportError as error:
         sys.exit(f"demo: {error}; pip install 'npedit_jax[demo]'")

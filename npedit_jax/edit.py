@@ -24,7 +24,7 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax import contact_sheet, jsonl, pictures
-from npedit_jax.editor import FITS, Editor
+from npedit_jax.editor import FITS, TASKS, Editor
 from npedit_jax.judge import Judge, successes
 from npedit_jax.training.faults import RunFault
 
@@ -60,6 +60,7 @@ class Options:
     Attributes:
       raw: take the parameters as trained instead of their average.
       fit: how pictures are fitted, see `Editor`.
+      task: which of a run's tasks is meant, see `Editor`.
       original_size: bring edits back to the size of their picture.
       score: ask the run's scorer about each edit.
       best_of: seeds tried for each request, from its own upwards; above 1 the scorer chooses.
@@ -67,6 +68,7 @@ class Options:
 
     raw: bool = False
     fit: str = FITS[0]
+    task: str = TASKS[0]
     original_size: bool = False
     score: bool = False
     best_of: int = 1
@@ -173,11 +175,11 @@ def make(checkpoint: str, requests: Sequence[Request], options: Options) -> Iter
         with _saying(request.origin):
             sizes[request.image] = sizes.get(request.image) or read(request.image).size
     # After the files: loading a large network takes a while, and a mistyped name should be told at once.
-    editor = Editor.from_checkpoint(checkpoint, raw=options.raw, fit=options.fit)
+    editor = Editor.from_checkpoint(checkpoint, raw=options.raw, fit=options.fit, task=options.task)
     for request in requests:
         with _saying(request.origin):
             editor.check(request.instruction, request.seed + options.best_of - 1)
-    judge = Judge.of_run(checkpoint) if options.score or options.best_of > 1 else None
+    judge = Judge.of_run(checkpoint, task=options.task) if options.score or options.best_of > 1 else None
 
     by_size = collections.defaultdict(list)
     for number, request in enumerate(requests):
@@ -242,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--best-of", type=positive, default=1, metavar="N", help="keep the best of N seeds")
     parser.add_argument("--scores", action="store_true", help="ask the run's scorer about each edit")
     parser.add_argument("--fit", choices=FITS, default=FITS[0], help="how a picture's size is chosen")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="where a run has learned several")
     parser.add_argument("--original-size", action="store_true", help="bring edits back to their picture's size")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     return parser
@@ -275,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     _check_arguments(parser, given)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
-    options = Options(given.raw, given.fit, given.original_size, given.scores, given.best_of)
+    options = Options(given.raw, given.fit, given.task, given.original_size, given.scores, given.best_of)
     try:
         if given.sheet is not None:
             seeds = given.seeds or [given.seed]

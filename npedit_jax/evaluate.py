@@ -19,7 +19,7 @@ from etils import epath
 
 from npedit_jax.data import easyvqa as dataset
 from npedit_jax.edit import positive
-from npedit_jax.editor import FITS, Editor
+from npedit_jax.editor import FITS, TASKS, Editor
 from npedit_jax.evaluation import easyvqa, report
 from npedit_jax.judge import Judge, has_scorer
 from npedit_jax.training import telemetry, workdirs
@@ -92,11 +92,12 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
     settings = {
         name: getattr(given, name) for name in ("benchmark", "checkpoint", "raw", "seed", "fit", "original_size")
     }
-    editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit)
+    task = "customization" if given.benchmark == "dreambooth" else "editing"
+    editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=task)
     name = given.name or epath.Path(given.checkpoint).resolve().name
     made = results.Results(epath.Path(given.output) / name, settings | {"step": editor.step})
-    customization = given.benchmark == "dreambooth" and config.data.get("templates") == "editing"
-    judge = Judge.of_run(given.checkpoint, "customization" if customization else "") if has_scorer(config) else None
+    templates = task if config.data.get("templates") in TASKS else ""  # the small experiment has its own
+    judge = Judge.of_run(given.checkpoint, templates=templates) if has_scorer(config) else None
     with progress(sum(case.key not in made for case in cases), "edit") as bar:
         options = dict(seed=given.seed, batch=given.batch, original_size=given.original_size)
         results.make(made, editor, judge, cases, advance=bar.update, **options)

@@ -44,6 +44,13 @@ def test_grades_answers_and_pictures(tmp_path):
     assert len(rows) == 6 and all("Surely" in answer for row in rows for answer in row["answers"])
 
 
+def test_customization_is_asked_about_the_subject(tmp_path):
+    with serving(good) as server:
+        viescore.Grader(server.url, "judge", "customization", tmp_path / "answers.jsonl").ask(_questions(1))
+    texts = [request["messages"][0]["content"][-1]["text"] for request in server.requests]
+    assert sum("the subject is the very same" in text and "make {it} 0" in text for text in texts) == 1
+
+
 def test_what_is_answered_is_not_asked_again(tmp_path):
     with serving(good) as server:
         _grader(server, tmp_path).ask(_questions(2))
