@@ -38,9 +38,9 @@ SAMPLING = dict(times=(1.0, 0.5), sampler="ddim", eta=1.0)
 
 
 def commands(page: pathlib.Path) -> list[list[str]]:
-    """The words of every `python -m npedit_jax...` of the page; the file edit.py is the module that it is a copy of."""
+    """The words of every `python -m npedit_jax... --...` of the page; the file edit.py is a copy of a module."""
     text = page.read_text().replace("\\\n", " ").replace("python edit.py", "python -m npedit_jax.pytorch.edit")
-    lines = re.findall(r"(?:^ *|`)(?:[A-Z_]+=\S+ +)*python -m (npedit_jax\.[^#\n`]+)", text, re.MULTILINE)
+    lines = re.findall(r"(?:^ *|`)(?:[A-Z_]+=\S+ +)*python -m (npedit_jax\.[\w.]+ [^#\n`]+)", text, re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
@@ -120,6 +120,7 @@ def test_commands_of_a_page_run_in_their_order(page, sandbox, monkeypatch):
 )
 def test_other_commands_name_what_exists(page, words):
     assert importlib.util.find_spec(words[0]), f"{page.name}: no module {words[0]}"
+    pytest.importorskip(NEEDS.get(words[0].removeprefix("npedit_jax."), "npedit_jax"))
     if any(word.startswith("--config") for word in words):
         _check_config(words[1:])
     if words[0] == "npedit_jax.train":  # its options are those of its config, and --workdir
@@ -147,7 +148,7 @@ def test_all_else_that_a_page_tells_to_run_is_there(page):
         words = [word for word in line.split("#")[0].split() if not re.match(r"[A-Z_]+=", word)]
         if "launch/" in line.split("#")[0]:
             assert (ROOT / next(word for word in words if word.startswith("launch/"))).is_file(), line
-        elif words and re.fullmatch(r"[\w./-]+", words[0]) and shutil.which(words[0]):
+        elif words[:1] and words[1:2] != ["="] and re.fullmatch(r"[\w./-]+", words[0]) and shutil.which(words[0]):
             assert words[0] in SHELL, f"{page.name}: nothing checks {line!r}"
     for name in re.findall(r"pip install (?:-e )?'(?:npedit_jax|\.)\[(\w+)\]'", text):
         assert f'"{name}": ' in extras, f"{page.name}: no extra {name}"
