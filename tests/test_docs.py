@@ -62,7 +62,7 @@ def sandbox(tmp_path_factory):
     (folder / "photographs").mkdir()
     photograph.save(folder / "photographs" / "photo.jpg")
     (folder / "photographs" / "instructions.jsonl").write_text(json.dumps(line))
-    photograph.save(folder / "in.png")
+    photograph.resize((16, 16)).save(folder / "in.png")  # the PyTorch script takes sizes of the networks alone
     for place in ("Z-Image", "weights/Z-Image"):
         export.export(folder / "run", folder / place, frozen=True)
     record_sets.write(folder / "DIR", record_sets.photograph_records(6))
