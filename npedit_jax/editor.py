@@ -20,12 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from npedit_jax import export, pictures, sampling
+from npedit_jax.data import questions
 from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import networks, workdirs
 
 NETWORKS = ("autoencoder", "text_encoder", "student")
 FITS = ("bucket", "multiple")
+TASKS = tuple(questions.TASK_PREFIXES)
 SEEDS = 2**32  # a seed is the 32 bits that make a key
 
 
@@ -41,6 +43,7 @@ class Editor:
       settings: `times`, `sampler` and `eta` of `sampling.edit`.
       buckets: sizes (height, width) of the training run.
       fit: "bucket", or "multiple" to keep a picture's shape more closely than the buckets do, for a program per shape.
+      prefix: what every instruction begins with, of a student that was trained on several tasks.
       step: of the training run, when the networks were saved.
     """
 
@@ -52,6 +55,7 @@ class Editor:
         *,
         buckets: Sequence[Sequence[int]] = (),
         fit: str = "bucket",
+        prefix: str = "",
         step: int | None = None,
     ):
         if fit not in FITS:
@@ -64,30 +68,37 @@ class Editor:
         )
         self._tokenizer = tokenizer
         self._settings = dict(settings)
-        self._buckets, self._fit = buckets, fit
+        self._buckets, self._fit, self._prefix = buckets, fit, prefix
         self.step = step
         self._program = jax.jit(self._edit)
 
     @classmethod
-    def from_checkpoint(cls, run_directory: epath.PathLike, *, raw: bool = False, fit: str = "bucket") -> "Editor":
+    def from_checkpoint(
+        cls, run_directory: epath.PathLike, *, raw: bool = False, fit: str = "bucket", task: str = TASKS[0]
+    ) -> "Editor":
         """Loads the editor that a training run has come to.
 
         Args:
           run_directory: the working directory of a run that trains a student.
           raw: the newest parameters as trained instead of their average.
           fit: how pictures are fitted, see the class.
+          task: one of TASKS; where the run tells its tasks apart by prefixes, instructions get that of this one.
 
         Raises:
-          WorkdirError: the directory is no run of an editor, or has no checkpoint yet.
+          WorkdirError: the directory is no run of an editor, has not trained the task, or has no checkpoint yet.
           FileNotFoundError, ValueError: the weights of a frozen network are missing or do not fit.
         """
         config = read_config(run_directory)
+        if "tasks" in config.data and task not in config.data.tasks:
+            raise workdirs.WorkdirError(f"{run_directory} was trained for {list(config.data.tasks)}, not for {task}")
+        prefix = questions.TASK_PREFIXES[task] if config.data.get("task_prefix") else ""
         step, made = export.newest_networks(run_directory, raw=raw)
         frozen = [name for name in NETWORKS if name not in made]
         made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
         tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
         buckets = config.data.buckets if "buckets" in config.data else ()
-        return cls(made, tokenizer, config.sampling.to_dict(), buckets=buckets, fit=fit, step=step)
+        settings = config.sampling.to_dict()
+        return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefix, step=step)
 
     def check(self, instruction: str, seed: int = 0) -> None:
         """Checks one request without computing anything.
@@ -199,7 +210,7 @@ class Editor:
 
     def _tokenize(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask, each [B, L]."""
-        tokens = self._tokenizer(instructions)
+        tokens = self._tokenizer([self._prefix + instruction for instruction in instructions])
         if tokens.cut.any():
             text = instructions[int(tokens.cut.argmax())]
             raise ValueError(

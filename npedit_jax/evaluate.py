@@ -18,7 +18,8 @@ from absl import logging
 from etils import epath
 
 from npedit_jax.data import easyvqa as dataset
-from npedit_jax.editor import FITS, Editor
+from npedit_jax.edit import positive
+from npedit_jax.editor import FITS, TASKS, Editor
 from npedit_jax.evaluation import easyvqa, report
 from npedit_jax.judge import Judge, has_scorer
 from npedit_jax.training import telemetry, workdirs
@@ -85,15 +86,18 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
     config = workdirs.read_config(given.checkpoint)
     read = {"gedit": cases_lib.gedit, "dreambooth": cases_lib.dreambooth, "folder": cases_lib.folder}[given.benchmark]
     cases = read(given.data, given.languages) if given.benchmark == "gedit" else read(given.data)
+    if not cases:
+        raise ValueError(f"{given.data} holds nothing to edit")
     cases = cases[: given.limit]
     settings = {
         name: getattr(given, name) for name in ("benchmark", "checkpoint", "raw", "seed", "fit", "original_size")
     }
-    editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit)
+    task = "customization" if given.benchmark == "dreambooth" else "editing"
+    editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=task)
     name = given.name or epath.Path(given.checkpoint).resolve().name
     made = results.Results(epath.Path(given.output) / name, settings | {"step": editor.step})
-    customization = given.benchmark == "dreambooth" and config.data.get("templates") == "editing"
-    judge = Judge.of_run(given.checkpoint, "customization" if customization else "") if has_scorer(config) else None
+    templates = task if config.data.get("templates") in TASKS else ""  # the small experiment has its own
+    judge = Judge.of_run(given.checkpoint, templates=templates) if has_scorer(config) else None
     with progress(sum(case.key not in made for case in cases), "edit") as bar:
         options = dict(seed=given.seed, batch=given.batch, original_size=given.original_size)
         results.make(made, editor, judge, cases, advance=bar.update, **options)
@@ -137,13 +141,6 @@ def progress(total: int, label: str) -> tqdm.tqdm:
     """A progress bar over edits with the time left, sparse when not on a terminal."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm.tqdm(total=total, desc=label, unit="edit", mininterval=interval, dynamic_ncols=True)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,8 +36,12 @@ class Judge:
         self._program = jax.jit(self._answer)
 
     @classmethod
-    def of_run(cls, run: epath.PathLike, templates: str = "") -> "Judge":
-        """The scorer that a run learned from, asked as in the run, or with the templates of that name.
+    def of_run(cls, run: epath.PathLike, *, task: str = "", templates: str = "") -> "Judge":
+        """The scorer that a run learned from, asked as in the run.
+
+        Args:
+          task: of a run that has learned several, which one's questions are asked.
+          templates: the name of those to ask with instead.
 
         Raises:
           WorkdirError: the directory is no run, or one without a scorer.
@@ -48,7 +52,8 @@ class Judge:
         module, params = networks.create(config.networks.scorer, jax.random.key(config.seed))
         directory = networks.resolve(config.data.scorer_tokenizer)
         tokenizer = ScorerTokenizer(directory, module.image_tokens, config.data.question_length)
-        return cls(networks.Network(module, params), tokenizer, questions.TEMPLATES[templates or config.data.templates])
+        own = config.data.tasks[task].templates if task and "tasks" in config.data else config.data.templates
+        return cls(networks.Network(module, params), tokenizer, questions.TEMPLATES[templates or own])
 
     def questions(self, instruction: str, edit_type: str = "", object: str = "") -> Pair:
         """The two questions about an edit; with the type "remove" and an object the first asks whether it is there."""

@@ -1,16 +1,13 @@
-"""The page as a visitor meets it: a real upload in headless Chromium, and what it must refuse.
+"""The page as a visitor meets it: a real upload in headless Chromium.
 
-DEMO_SCREENSHOT=FILE.png keeps the picture of the page, DEMO_CHECKPOINT=RUN shows that run's editor on it.
+The picture of the page in the README, of a run's editor:
+
+    DEMO_CHECKPOINT=runs/easyvqa DEMO_SCREENSHOT=docs/demo.png python -m pytest tests/test_demo.py -k visitor
 """
 
 import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 
 import pytest
@@ -19,66 +16,28 @@ from skimage import data
 
 from npedit_jax import demo
 from npedit_jax.data import easyvqa
-from tests.faults.command import ROOT
-from tests.tiny_editor import write_run
+from tests import demo_server
+from tests.demo_server import png, press, upload
 
 pytest.importorskip("gradio")
-SAMPLING = dict(times=(1.0, 0.75, 0.5, 0.25), sampler="ddim", eta=1.0)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    if trained := os.environ.get("DEMO_CHECKPOINT"):
-        return pathlib.Path(trained).resolve()
-    root = tmp_path_factory.mktemp("demo")
-    return write_run(root, "package:pretrained/easyvqa/text_encoder", SAMPLING, scorer=True)
+    return demo_server.editor(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
 def address(run, tmp_path_factory):
-    """The command, serving."""
-    log = tmp_path_factory.mktemp("log") / "log"
-    command = [sys.executable, "-m", "npedit_jax.demo", "--checkpoint", str(run)]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ)
-    deadline = time.monotonic() + 120
-    while not (found := re.search(r"the page is at (http://\S+)", log.read_text())):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    yield found[1].rstrip("/")
-    process.terminate()
-    process.wait(30)
+    with demo_server.serving(run, tmp_path_factory.mktemp("log") / "log") as (address, _):
+        yield address
 
 
-def _status(address: str, path: str) -> int:
-    try:
-        with urllib.request.urlopen(address + path, timeout=30) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
-def test_it_listens_on_this_machine_alone(address):
-    assert address.startswith("http://127.0.0.1:")
-
-
-def test_no_file_of_the_machine_is_served(address, run):
-    assert _status(address, "/") == 200
-    for path in ("/etc/passwd", str(ROOT / "setup.py"), "setup.py", str(run / "config.json"), "../../../etc/passwd"):
-        assert _status(address, f"/gradio_api/file={path}") in (403, 404), path
-
-
-def test_upload_that_is_too_large_is_refused(address):
-    def upload(size):
-        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        body += bytes(size) + b"\r\n--x--\r\n"
-        headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        return urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
-
-    assert urllib.request.urlopen(upload(1000), timeout=30).status == 200
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(upload(21_000_000), timeout=60)
-    assert refused.value.code == 413
+def test_what_is_see_through_lies_on_white(address):
+    answer = press(address, {"path": upload(address, png(Image.new("RGBA", (64, 64), (255, 0, 0, 0))))})
+    assert answer["success"], answer
+    with urllib.request.urlopen(answer["output"]["data"][0][0]["url"], timeout=30) as file:
+        assert Image.open(file).convert("RGB").getcolors()[0][1] == (255, 255, 255)
 
 
 def test_pictures_and_words_that_cannot_be_used_are_told(run, tmp_path):
@@ -88,15 +47,17 @@ def test_pictures_and_words_that_cannot_be_used_are_told(run, tmp_path):
     Image.new("RGB", (16, 16), "red").save(good)
     bomb = tmp_path / "bomb.png"
     Image.new("1", (40_000, 40_000)).save(bomb)
-    for file, words, told in [
-        (None, "remove the circle", "Upload a picture"),
-        (str(good), "  ", "Say what to do"),
-        (str(good), "make the dog purple", "unknown words"),
-        (str(bomb), "remove the circle", "pixels"),
-        (str(run / "config.json"), "remove the circle", "no known format"),
+    for file, words, seed, told in [
+        (None, "remove the circle", 0, "Upload a picture"),
+        (str(good), "  ", 0, "Say what to do"),
+        (str(good), "remove the circle", None, "Give a seed"),
+        (str(good), "remove the circle", -1, "from 0 to"),
+        (str(good), "make the dog purple", 0, "unknown words"),
+        (str(bomb), "remove the circle", 0, "pixels"),
+        (str(run / "config.json"), "remove the circle", 0, "no known format"),
     ]:
         with pytest.raises(ValueError, match=told):
-            page.edit(file, words, 0)
+            page.edit(file, words, seed)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium: apt-get install chromium")

@@ -1,6 +1,7 @@
 """The documentation's commands: those that need no long training run, and all others name what exists."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -20,7 +21,8 @@ from PIL import Image
 from skimage import data
 
 import npedit_jax
-from npedit_jax import demo
+from npedit_jax import demo, export
+from tests.data import record_sets
 from tests.evaluation.test_cases import write_dreambooth, write_gedit
 from tests.evaluation.vie_server import good, serving
 from tests.tiny_editor import write_run
@@ -28,14 +30,17 @@ from tests.tiny_editor import write_run
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Entry points that run here as the page says; of the others the options are looked up.
-RUN = ("edit", "evaluate", "export", "demo")
+RUN = ("edit", "evaluate", "export", "demo", "convert", "data.prepare", "data.select", "data.report", "pytorch.edit")
+NEEDS = {"data.prepare": "apache_beam"}
+# What a page's line may begin with, apart from variables, and is then one of these checked kinds of commands.
+SHELL = ("python", "python3", "pip", ".venv/bin/pip", "bash", "git", "vllm", "export")
 SAMPLING = dict(times=(1.0, 0.5), sampler="ddim", eta=1.0)
 
 
 def commands(page: pathlib.Path) -> list[list[str]]:
-    """The words of every `python -m npedit_jax...` in the page's code blocks."""
-    text = page.read_text().replace("\\\n", " ")
-    lines = re.findall(r"^ *(?:[A-Z_]+=\S+ +)*python -m (npedit_jax\.[^#\n`]+)", text, re.MULTILINE)
+    """The words of every `python -m npedit_jax... --...` of the page; the file edit.py is a copy of a module."""
+    text = page.read_text().replace("\\\n", " ").replace("python edit.py", "python -m npedit_jax.pytorch.edit")
+    lines = re.findall(r"(?:^ *|`)(?:[A-Z_]+=\S+ +)*python -m (npedit_jax\.[\w.]+ [^#\n`]+)", text, re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
@@ -57,6 +62,15 @@ def sandbox(tmp_path_factory):
     (folder / "photographs").mkdir()
     photograph.save(folder / "photographs" / "photo.jpg")
     (folder / "photographs" / "instructions.jsonl").write_text(json.dumps(line))
+    photograph.resize((16, 16)).save(folder / "in.png")  # the PyTorch script takes sizes of the networks alone
+    for place in ("Z-Image", "weights/Z-Image"):
+        export.export(folder / "run", folder / place, frozen=True)
+    record_sets.write(folder / "DIR", record_sets.photograph_records(6))
+    (folder / "IMAGES").mkdir()
+    photograph.save(folder / "IMAGES" / "photo.jpg")
+    item = {"input_image_path": "photo.jpg", "edit_instruction": "remove it", "edit_type": "remove", "id": "0"}
+    item |= {"edited_caption": "a", "input_description": "b", "category": "it", "dataset_source": "set"}
+    (folder / "merged_edit_data.json").write_text(json.dumps([item]))
     write_gedit(folder / "GEdit-Bench", count=1, files=1)
     for file in (folder / "GEdit-Bench").rglob("*.parquet"):  # the small tokenizer has no Chinese
         from pyarrow import compute, parquet
@@ -72,7 +86,15 @@ def sandbox(tmp_path_factory):
 
 
 def _runs(words: list[str]) -> bool:
-    return words[0].removeprefix("npedit_jax.") in RUN and not any("..." in word for word in words)
+    name = words[0].removeprefix("npedit_jax.")
+    there = importlib.util.find_spec(NEEDS.get(name, "npedit_jax")) is not None
+    return name in RUN and there and not any("..." in word for word in words)
+
+
+def _here(word: str, server: str) -> str:
+    """A word of a command as it can be run: addresses and buckets are here, and the small editor knows no dogs."""
+    word = server if word.startswith("http://") else word.replace("gs://", "buckets/")
+    return word.replace("the dog", "the circle")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -82,12 +104,13 @@ def test_commands_of_a_page_run_in_their_order(page, sandbox, monkeypatch):
     monkeypatch.setattr(demo, "serve", lambda page, host, port, auth: served.append((page, host)))
     with serving(good) as server:
         for words in filter(_runs, commands(page)):
-            arguments = [server.url if word.startswith("http://") else word for word in words[1:]]
+            arguments = [_here(word, server.url) for word in words[1:]]
             output = arguments[arguments.index("--output") + 1] if "--output" in arguments else None
-            if "export" in words[0] and output:  # refuses to write over what another page has exported
+            if words[0] in ("npedit_jax.export", "npedit_jax.convert"):  # refuse to write over what another page has
                 shutil.rmtree(output, ignore_errors=True)
+            monkeypatch.setattr(sys, "argv", [words[0], *arguments])
             with contextlib.redirect_stdout(io.StringIO()):
-                importlib.import_module(words[0]).main(arguments)
+                assert not importlib.import_module(words[0]).main()
             assert output is None or pathlib.Path(output).exists()
     assert all(host == "127.0.0.1" for _, host in served)
 
@@ -97,17 +120,40 @@ def test_commands_of_a_page_run_in_their_order(page, sandbox, monkeypatch):
 )
 def test_other_commands_name_what_exists(page, words):
     assert importlib.util.find_spec(words[0]), f"{page.name}: no module {words[0]}"
+    pytest.importorskip(NEEDS.get(words[0].removeprefix("npedit_jax."), "npedit_jax"))
     if any(word.startswith("--config") for word in words):
         _check_config(words[1:])
     if words[0] == "npedit_jax.train":  # its options are those of its config, and --workdir
         assert any(word.startswith("--workdir") for word in words)
         return
-    shown = subprocess.run(
-        [sys.executable, "-m", words[0], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    shown = _help(words[0])
     for word in words[1:]:
         if word.startswith("--") and not word.startswith("--config."):
             assert word.split("=")[0] in shown, f"{page.name}: {words[0]} has no option {word}"
+
+
+@functools.cache
+def _help(module: str) -> str:
+    command = [sys.executable, "-m", module, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" not in shown.stderr
+    return shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_all_else_that_a_page_tells_to_run_is_there(page):
+    """Scripts are in their place, extras in setup.py; `tests/launch` runs the scripts of the page on pods."""
+    text, extras = page.read_text().replace("\\\n", " "), (ROOT / "setup.py").read_text()
+    for line in re.findall(r"^    (\S.*)", text, re.MULTILINE):
+        words = [word for word in line.split("#")[0].split() if not re.match(r"[A-Z_]+=", word)]
+        if "launch/" in line.split("#")[0]:
+            assert (ROOT / next(word for word in words if word.startswith("launch/"))).is_file(), line
+        elif words[:1] and words[1:2] != ["="] and re.fullmatch(r"[\w./-]+", words[0]) and shutil.which(words[0]):
+            assert words[0] in SHELL, f"{page.name}: nothing checks {line!r}"
+    for name in re.findall(r"pip install (?:-e )?'(?:npedit_jax|\.)\[(\w+)\]'", text):
+        assert f'"{name}": ' in extras, f"{page.name}: no extra {name}"
+    for name in re.findall(r"python ((?:benchmarks|launch)/\S+\.py)", text):
+        assert (ROOT / name).is_file(), f"{page.name}: no {name}"
 
 
 def _check_config(words: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 from PIL import Image
 
 from npedit_jax import Editor, edit, pictures
+from npedit_jax.data import questions
+from npedit_jax.judge import Judge
 from tests.faults.command import CONTEXT
 from tests.tiny_editor import write_run
 
@@ -54,6 +58,27 @@ def test_warm_call_does_not_trace_again(editor):
     programs = editor._program._cache_size()
     editor(image, "paint the circle blue", seed=9)
     assert editor._program._cache_size() == programs
+
+
+def test_task_that_a_run_tells_apart_is_told_to_it(run, tmp_path):
+    """Its prefix goes before the instruction, as in training; here of words that the small tokenizer has."""
+    several = tmp_path / "several"
+    shutil.copytree(run, several)
+    config = json.loads((several / "config.json").read_text())
+    config["data"] |= {"task_prefix": True, "tasks": {"editing": {"templates": "editing"}}}
+    (several / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was trained for .'editing'., not for customization"):
+        Editor.from_checkpoint(several, task="customization")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(questions.TASK_PREFIXES, "editing", "make the circle red ")
+        told, plain = Editor.from_checkpoint(several), Editor.from_checkpoint(run)
+    image = Image.fromarray(_images(1)[0])
+    expected = plain(image, "make the circle red remove the circle")
+    np.testing.assert_array_equal(np.asarray(told(image, "remove the circle")), np.asarray(expected))
+    assert (np.asarray(plain(image, "remove the circle")) != np.asarray(expected)).any()
+    for judge, templates in [(Judge.of_run(several, task="editing"), "editing"), (Judge.of_run(run), "easyvqa")]:
+        wanted = questions.edit_questions(questions.TEMPLATES[templates], "", instruction="remove it", object="")
+        assert judge.questions("remove it") == wanted
 
 
 def test_short_last_batch_is_filled_up(editor):
@@ -210,6 +235,24 @@ def test_batch_file_of_several_sizes(run, tmp_path):
     edit.main(["--checkpoint", str(run), "--batch", str(tmp_path / "requests.jsonl")])
     sizes = [Image.open(tmp_path / f"out{index}.png").size for index in range(3)]
     assert sizes == [(16, 16), (8, 16), (16, 16)]
+
+
+def test_pictures_of_a_batch_are_not_all_in_memory(run, tmp_path, monkeypatch):
+    made, most, read = [], [], pictures.read
+
+    def counted(file):
+        image = read(file)
+        made.append(weakref.ref(image))
+        most.append(sum(each() is not None for each in made))
+        return image
+
+    monkeypatch.setattr(edit.pictures, "read", counted)
+    requests = []
+    for number in range(20):
+        Image.fromarray(_images(1)[0]).save(tmp_path / f"{number}.png")
+        requests.append(edit.Request(str(tmp_path / f"{number}.png"), "do nothing.", "", number))
+    assert len(dict(edit.make(run, requests, edit.DEFAULTS))) == 20
+    assert len(most) == 40 and max(most) <= 3
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ Pictures are read when they are needed, so that a benchmark of any size takes th
 
 import dataclasses
 import functools
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from PIL import Image
 
-from npedit_jax import pictures
+from npedit_jax import jsonl, pictures
 
 LANGUAGES = ("en", "cn")
 CASE_FIELDS = {"image": str, "instruction": str, "task": str, "key": str, "object": str, "edit_type": str, "mask": str}
@@ -58,26 +57,20 @@ def folder(directory: epath.PathLike) -> list[Case]:
     if not file.is_file():
         raise ValueError(f"{file} is not there; write one JSON object per line: image, instruction")
     cases, numbers = [], {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for line in jsonl.read(file):
         try:
-            case = _folder_case(directory, line, number)
-            if numbers.setdefault(case.key, number) != number:
+            case = _folder_case(directory, line.fields, line.number)
+            if numbers.setdefault(case.key, line.number) != line.number:
                 raise ValueError(f"key {case.key!r} is line {numbers[case.key]}'s already")
-        except ValueError as error:
-            raise ValueError(f"{file} line {number}: {error}") from error
+        except (ValueError, OSError) as error:  # a name that is too long is an OSError
+            raise ValueError(f"{line.origin}{error}") from error
         cases.append(case)
     return cases
 
 
-def _folder_case(directory: epath.Path, line: bytes, number: int) -> Case:
-    try:
-        fields = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON in UTF-8 ({error})") from error
-    if not isinstance(fields, dict) or not {"image", "instruction"} <= fields.keys():
-        raise ValueError("expected a JSON object with image and instruction")
+def _folder_case(directory: epath.Path, fields: Mapping[str, Any], number: int) -> Case:
+    if not {"image", "instruction"} <= fields.keys():
+        raise ValueError("image or instruction is missing; a line needs both")
     wrong = [name for name, value in fields.items() if not isinstance(value, CASE_FIELDS.get(name, ()))]
     if wrong:
         raise ValueError(f"fields {wrong} are unknown or no text; known are {list(CASE_FIELDS)}")

@@ -4,6 +4,7 @@ Pictures are linked, relative to the page, so that a page of thousands stays sma
 """
 
 import os
+import urllib.parse
 from collections.abc import Sequence
 
 import jinja2
@@ -90,6 +91,9 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
       ValueError: the runs have no edit in common.
     """
     page = epath.Path(page)
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.directory) for run in runs]
     rows = [{row["key"]: row for row in run.rows()} for run in runs]
     common = [key for key in rows[0] if all(key in other for other in rows)]
     if not common:
@@ -98,16 +102,15 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
     summaries = [results_lib.summarise([mine[key] for key in common]) for mine in rows]
     for part, tasks in summaries[0].items():
         tables[part] = [
-            (task, run.name, summary[part][task])
-            for task in tasks
-            for run, summary in zip(runs, summaries, strict=True)
+            (task, name, summary[part][task]) for task in tasks for name, summary in zip(names, summaries, strict=True)
         ]
     cases = [
         rows[0][key]
         | {
             "reference": _link(page, runs[0].reference(key)),
             "edits": [
-                (run.name, _link(page, run.picture(key)), mine[key]) for run, mine in zip(runs, rows, strict=True)
+                (name, _link(page, run.picture(key)), mine[key])
+                for name, run, mine in zip(names, runs, rows, strict=True)
             ],
         }
         for key in common
@@ -120,11 +123,12 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
         cases=cases,
         figures=used,
         labels=LABELS,
-        names=[run.name for run in runs],
+        names=names,
         sums=(results_lib.ALL, results_lib.TASKS),
     )
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, text)
 
 
 def _link(page: epath.Path, file: epath.Path) -> str:
-    return os.path.relpath(os.fspath(file), os.fspath(page.parent))
+    return urllib.parse.quote(os.path.relpath(os.fspath(file), os.fspath(page.parent)))

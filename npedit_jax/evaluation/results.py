@@ -44,7 +44,7 @@ class Results:
         self.directory = epath.Path(directory)
         file = self.directory / "settings.json"
         if file.exists():
-            self.settings = json.loads(file.read_text())
+            self.settings = _read_settings(file)
             different = [name for name, value in (settings or {}).items() if self.settings.get(name) != value]
             if different:
                 found = "; ".join(f"{name} is {self.settings.get(name)!r} there" for name in different)
@@ -102,10 +102,23 @@ class Results:
         rows = []
         for line in file.read_text().splitlines() if file.exists() else ():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:  # cut short by a crash
                 continue
+            if not isinstance(row, dict) or not {"key", "part", "task", "instruction"} <= row.keys():
+                raise ValueError(f"{file} holds a line that is no edit: {line[:80]}")
+            rows.append(row)
         return rows
+
+
+def _read_settings(file: epath.Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings but a {type(settings).__name__}")
+    return settings
 
 
 def make(

@@ -70,6 +70,9 @@ class Grader:
       key: of the endpoint; local servers take any.
       workers: questions at a time.
       timeout: seconds for one answer.
+
+    Raises:
+      ValueError: the file has answers of another model.
     """
 
     def __init__(
@@ -90,12 +93,18 @@ class Grader:
         self._file = epath.Path(answers)
         self._lock = threading.Lock()
         self._answers = read_answers(self._file)
+        if others := sorted({str(row.get("model")) for row in self._answers.values()} - {model}):
+            raise ValueError(
+                f"{answers} has answers of {', '.join(others)}: grades of several models do not go together; give "
+                "that model, or move the file away"
+            )
 
     def ask(self, questions: Iterable[Question], advance: Callable[[int], Any] = lambda count: None) -> None:
         """Asks what was not answered yet.
 
         Raises:
           openai.OpenAIError: the endpoint cannot be reached or refuses; the answers so far are kept.
+          ValueError: it answers with something else than a chat completion.
         """
         todo = [question for question in questions if (question.key, question.kind) not in self._answers]
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
@@ -119,21 +128,27 @@ class Grader:
             {"type": "image_url", "image_url": {"url": _address(x)}} for x in question.pictures()
         ]
         content.append({"type": "text", "text": text})
-        for attempt in range(ATTEMPTS):
-            reply = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": content}],
-                temperature=0.0 if attempt == 0 else 0.7,
-                max_tokens=1024,
-            )
-            answer = reply.choices[0].message.content or ""
-            if (found := grades(answer)) is not None:
-                break
-        row = {"key": question.key, "kind": question.kind, "model": self._model, "answer": answer, "grades": found}
+        answers, found = [], None
+        while found is None and len(answers) < ATTEMPTS:
+            answers.append(self._complete(content, temperature=0.7 if answers else 0.0))
+            found = grades(answers[-1])
+        row = {"key": question.key, "kind": question.kind, "model": self._model, "answers": answers, "grades": found}
         with self._lock:
             self._answers[question.key, question.kind] = row
             with self._file.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def _complete(self, content: list[dict[str, Any]], temperature: float) -> str:
+        try:
+            reply = self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": content}],
+                temperature=temperature,
+                max_tokens=1024,
+            )
+            return reply.choices[0].message.content or ""
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # the client takes any JSON for an answer
+            raise ValueError(f"{self._client.base_url} gives no chat completion ({error})") from error
 
 
 def read_answers(file: epath.Path) -> dict[tuple[str, str], dict[str, Any]]:

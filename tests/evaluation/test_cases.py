@@ -120,7 +120,7 @@ def test_folder_of_pictures(tmp_path):
     [
         ("nothing", "no JSON"),
         ("[1]", "expected a JSON object"),
-        ({"image": "a.png"}, "with image and instruction"),
+        ({"image": "a.png"}, "image or instruction is missing"),
         ({"image": "b.png", "instruction": ""}, "b.png is not there"),
         ({"image": "../a.png", "instruction": ""}, "does not lie below"),
         ({"image": "/etc/passwd", "instruction": ""}, "does not lie below"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -80,13 +81,21 @@ def test_folder_of_photographs(run, photographs, tmp_path, capsys):
         _evaluate(run, tmp_path / "out", *words, "--name", "first", "--seed", 1)
 
     # Another editor, and both on one page.
-    _evaluate(run, tmp_path / "out", *words, "--name", "second", "--raw")
-    both = [str(tmp_path / "out" / name) for name in ("first", "second")]
-    evaluate.main(["--compare", *both, "--output", str(tmp_path / "out" / "both.html")])
-    page = (tmp_path / "out" / "both.html").read_text()
+    _evaluate(run, tmp_path / "out", *words, "--name", "second, 50 % #2", "--raw")
+    both = [str(tmp_path / "out" / name) for name in ("first", "second, 50 % #2")]
+    evaluate.main(["--compare", *both, "--output", str(tmp_path / "out" / "pages" / "both.html")])
+    page = (tmp_path / "out" / "pages" / "both.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
-    assert len(links) == 9 and all((tmp_path / "out" / link).is_file() for link in links)
-    assert "<td>second</td>" in page and page.count("<figcaption>first") == 3
+    assert len(links) == 9
+    assert all((tmp_path / "out" / "pages" / urllib.parse.unquote(link)).is_file() for link in links)
+    assert not any(sign in link for link in links for sign in "# ?")
+    assert "<td>second, 50 % #2</td>" in page and page.count("<figcaption>first") == 3
+    # Two of one name are told apart by where they are.
+    (tmp_path / "moved").mkdir()
+    folder.rename(tmp_path / "moved" / "second, 50 % #2")
+    both[0] = str(tmp_path / "moved" / "second, 50 % #2")
+    evaluate.main(["--compare", *both, "--output", str(tmp_path / "both.html")])
+    assert f"<td>{both[0]}</td>" in (tmp_path / "both.html").read_text()
 
 
 def test_gedit_with_grades(run, tmp_path, capsys, monkeypatch):
@@ -136,6 +145,30 @@ def test_bad_input_is_told_in_one_line(run, tmp_path, monkeypatch, words, told):
     with pytest.raises(SystemExit, match=f"^evaluate: [^\n]*{told}"):
         _evaluate(run, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_edit_is_told(tmp_path, run):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "instructions.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match="empty holds nothing to edit"):
+        _evaluate(run, tmp_path / "out", "--benchmark", "folder", "--data", tmp_path / "empty")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "edits", "told"),
+    [
+        ('{"seed"', "", "settings.json is damaged"),
+        ("[]", "", "no settings but a list"),
+        ("{}", "[1]\n", "a line that is no edit"),
+        ("{}", '{"key": "a"}\n', "a line that is no edit"),
+    ],
+)
+def test_damaged_results_are_told(tmp_path, settings, edits, told):
+    (tmp_path / "settings.json").write_text(settings)
+    (tmp_path / "edits.jsonl").write_text(edits)
+    with pytest.raises(ValueError, match=told):
+        results.Results(tmp_path)
 
 
 def test_directory_that_holds_no_results_is_refused(tmp_path):

@@ -41,7 +41,14 @@ def test_grades_answers_and_pictures(tmp_path):
     image = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
     assert max(image.size) <= viescore.LARGEST
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and all("Surely" in row["answer"] for row in rows)
+    assert len(rows) == 6 and all("Surely" in answer for row in rows for answer in row["answers"])
+
+
+def test_customization_is_asked_about_the_subject(tmp_path):
+    with serving(good) as server:
+        viescore.Grader(server.url, "judge", "customization", tmp_path / "answers.jsonl").ask(_questions(1))
+    texts = [request["messages"][0]["content"][-1]["text"] for request in server.requests]
+    assert sum("the subject is the very same" in text and "make {it} 0" in text for text in texts) == 1
 
 
 def test_what_is_answered_is_not_asked_again(tmp_path):
@@ -67,12 +74,26 @@ def test_failing_endpoint_is_tried_again_and_then_told(tmp_path):
 
 
 def test_answer_without_grades_is_asked_for_again_and_counts_as_none(tmp_path):
-    with serving(lambda number, content: (200, "I would rather not say.")) as server:
-        grader = _grader(server, tmp_path)
+    with serving(lambda number, content: (200, f"I would rather not say, {number}.")) as server:
+        grader = _grader(server, tmp_path, workers=1)
         grader.ask(_questions(1))
     assert len(server.requests) == 2 * viescore.ATTEMPTS
     assert viescore.scores(grader.answers(), "task/0") == {}
-    assert all(row["answer"] == "I would rather not say." for row in grader.answers().values())
+    kept = [answer for row in grader.answers().values() for answer in row["answers"]]
+    assert kept == [f"I would rather not say, {number}." for number in range(1, 1 + 2 * viescore.ATTEMPTS)]
+
+
+def test_answers_of_another_model_are_not_gone_on_with(tmp_path):
+    with serving(good) as server:
+        _grader(server, tmp_path).ask(_questions(1))
+        with pytest.raises(ValueError, match="has answers of judge: .* move the file away"):
+            viescore.Grader(server.url, "other", "editing", tmp_path / "answers.jsonl")
+
+
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"{}", b'{"choices": []}', b'{"choices": null}', b"[1]"])
+def test_what_is_no_chat_completion_is_told(tmp_path, body):
+    with serving(lambda number, content: (200, body)) as server, pytest.raises(ValueError, match="no chat completion"):
+        _grader(server, tmp_path, workers=1).ask(_questions(1))
 
 
 @pytest.mark.parametrize(

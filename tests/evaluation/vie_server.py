@@ -9,11 +9,14 @@ from typing import Any
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`reply` makes (status, answer) of the request's number and content; `requests` are those that came."""
+    """`reply` makes (status, answer) of the request's number and content; bytes are the whole body.
 
-    def __init__(self, reply: Callable[[int, list[dict[str, Any]]], tuple[int, str]]):
+    `requests` and `paths` are those that came.
+    """
+
+    def __init__(self, reply: Callable[[int, list[dict[str, Any]]], tuple[int, str | bytes]]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.requests, self.lock = reply, [], threading.Lock()
+        self.reply, self.requests, self.paths, self.lock = reply, [], [], threading.Lock()
 
     @property
     def url(self) -> str:
@@ -32,19 +35,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": answer}
         body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
         body |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        data = json.dumps(body if status == 200 else {"error": {"message": answer}}).encode()
+        whole = body if status == 200 else {"error": {"message": answer}}
+        data = answer if isinstance(answer, bytes) else json.dumps(whole).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
+    def do_GET(self) -> None:
+        """Nothing is to be had; `paths` tells what was asked for."""
+        self.server.paths.append(self.path)
+        self.send_error(404)
+
     def log_message(self, *arguments: Any) -> None:
         """Silent."""
 
 
 @contextlib.contextmanager
-def serving(reply: Callable[[int, list[dict[str, Any]]], tuple[int, str]]) -> Iterator[Server]:
+def serving(reply: Callable[[int, list[dict[str, Any]]], tuple[int, str | bytes]]) -> Iterator[Server]:
     """A server in a thread of its own."""
     server = Server(reply)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -21,6 +21,15 @@ from PIL import Image
 
 MEMORY = 2048  # MiB
 LARGEST = 4096  # bytes of an input
+INSTRUMENTED = [
+    "npedit_jax.weights",
+    "npedit_jax.edit",
+    "npedit_jax.jsonl",
+    "npedit_jax.pictures",
+    "npedit_jax.evaluation.cases",
+    "npedit_jax.data.images",
+    "npedit_jax.data.records",
+]
 BLOCK = 2**16  # bytes of an ArrayRecord file are written in blocks of this size
 
 
@@ -98,6 +107,20 @@ def _requests(data: bytes, folder: pathlib.Path) -> None:
     edit.read_batch(_file(folder, "a.jsonl", data), 0)
 
 
+def _cases(data: bytes, folder: pathlib.Path) -> None:
+    from npedit_jax.evaluation import cases
+
+    _file(folder, "a.png", b"")
+    _file(folder, "instructions.jsonl", data)
+    cases.folder(folder)
+
+
+def _cases_seeds() -> list[bytes]:
+    line = {"image": "a.png", "instruction": "make the circle red"}
+    more = {"task": "color", "key": "x", "object": "circle", "edit_type": "remove", "mask": "a.png"}
+    return [json.dumps(line).encode() + b"\n" + json.dumps(line | more).encode(), b"\n"]
+
+
 def _requests_seeds() -> list[bytes]:
     line = {"image": "a.png", "instruction": "make the circle red", "output": "b.png", "seed": 3}
     return [json.dumps(line).encode(), b"\n" + json.dumps(line).encode() + b"\n\n", b"{}\n"]
@@ -110,17 +133,39 @@ def _image(data: bytes, folder: pathlib.Path) -> None:
 
 
 def _image_seeds() -> list[bytes]:
+    return _record_image_seeds() + [_encoded("P", kind) for kind in ("GIF", "BMP", "TIFF")]
+
+
+def _record_image(data: bytes, folder: pathlib.Path) -> None:
+    from npedit_jax.data import images
+
+    images.read_size(data)
+    images.decode(data, (8, 12))
+
+
+def _record_image_seeds() -> list[bytes]:
+    kinds = [("RGBA", "PNG"), ("P", "PNG"), ("I;16", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("RGB", "WEBP")]
+    return [_encoded(mode, kind) for mode, kind in kinds]
+
+
+def _encoded(mode: str, kind: str) -> bytes:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8))
-    seeds = []
-    for kind, mode in [("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB")]:
-        data = io.BytesIO()
-        picture.convert(mode).save(data, format=kind)
-        seeds.append(data.getvalue())
-    for kind in ("GIF", "BMP", "TIFF"):
-        data = io.BytesIO()
-        picture.quantize(8).save(data, format=kind)
-        seeds.append(data.getvalue())
-    return seeds
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.convert("L" if mode == "I;16" else mode).convert(mode).save(data, format=kind, exif=exif)
+    return data.getvalue()
+
+
+def _record(data: bytes, folder: pathlib.Path) -> None:
+    from npedit_jax.data import records
+
+    records.decode(data)
+
+
+def _record_seeds() -> list[bytes]:
+    from npedit_jax.data import records
+
+    return [records.encode(records.Record(b"image", 9, 6, "remove it", "a", "b", "remove", "it", "0", "set"))]
 
 
 def _array_record(data: bytes, folder: pathlib.Path) -> None:
@@ -161,13 +206,26 @@ def target(name: str) -> Target:
         "weights_config": (_weights_config, (ValueError,), _weights_config_seeds),
         "run_config": (_run_config, (ValueError,), _run_config_seeds),
         "requests": (_requests, (ValueError,), _requests_seeds),
+        "cases": (_cases, (ValueError,), _cases_seeds),
         "image": (_image, (ValueError,), _image_seeds),
+        "record_image": (_record_image, (ValueError,), _record_image_seeds),
+        "record": (_record, (ValueError,), _record_seeds),
         "array_record": (_array_record, (ValueError, RuntimeError, OSError, IndexError), _array_record_seeds),
     }[name]
     return Target(run, errors, seeds())
 
 
-NAMES = ("safetensors", "weights_config", "run_config", "requests", "image", "array_record")
+NAMES = (
+    "safetensors",
+    "weights_config",
+    "run_config",
+    "requests",
+    "cases",
+    "image",
+    "record_image",
+    "record",
+    "array_record",
+)
 
 
 def check(chosen: Target, data: bytes, folder: pathlib.Path) -> bool:
@@ -193,9 +251,12 @@ def main() -> None:
     given = parser.parse_args()
     import atheris
 
-    with atheris.instrument_imports(include=["npedit_jax.weights", "npedit_jax.edit", "npedit_jax.pictures"]):
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        import npedit_jax.data.images
+        import npedit_jax.data.records
         import npedit_jax.edit
         import npedit_jax.editor
+        import npedit_jax.evaluation.cases
         import npedit_jax.weights.loading  # noqa: F401
     chosen, counts = target(given.target), [0, 0]
     folder = pathlib.Path(tempfile.mkdtemp())

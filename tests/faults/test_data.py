@@ -1,6 +1,7 @@
 """A data pipeline that dies or hangs: told, never waited for in silence."""
 
 import os
+import pathlib
 import signal
 import time
 
@@ -12,7 +13,7 @@ from absl import flags
 from npedit_jax.training import loop
 from npedit_jax.training.faults import DataStall, RunFault
 from npedit_jax.training.watched import Watched
-from tests.faults.command import Training, saved
+from tests.faults.command import Training, reached, saved
 
 
 class Die(grain.transforms.Map):
@@ -93,6 +94,45 @@ def test_command_ends_although_a_thread_of_it_hangs(tmp_path):
     assert run.wait() == 1
     assert "train: no batch came within 1 s (config.guard.data_seconds)" in run.output().splitlines()[-1]
     assert saved(tmp_path / "run")[-1] == 8
+
+
+def _workers(run) -> list[int]:
+    """Processes of the run that make batches."""
+    children = pathlib.Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def _patient_with_the_first_batch_alone():
+    """A worker takes a while to start."""
+    take = Watched.__next__
+
+    def next_batch(self):
+        batch, self._seconds = take(self), 10.0
+        return batch
+
+    Watched.__next__ = next_batch
+
+
+@pytest.mark.parametrize(
+    ("harm", "before", "told"),
+    [
+        (signal.SIGKILL, None, "the data pipeline failed: "),
+        (signal.SIGSTOP, _patient_with_the_first_batch_alone, "no batch came within 10 s"),
+    ],
+    ids=["killed", "hangs"],
+)
+def test_command_ends_when_its_worker_does_not_go_on(tmp_path, harm, before, told):
+    options = ("--config.data.reading.workers=1", "--config.steps=100000")
+    run = Training(tmp_path / "run", *options, before=before)
+    run.wait_for(lambda: reached(tmp_path / "run") >= 5)
+    (worker,) = _workers(run)
+    os.kill(worker, harm)
+    assert run.wait(60) == 1
+    last = run.output().splitlines()[-1]
+    assert last.startswith("train: ") and told in last and last.endswith("tart the same command again")
+    assert saved(tmp_path / "run")[-1] >= 4
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 def test_no_batch_is_taken_ahead():

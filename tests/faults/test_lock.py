@@ -1,10 +1,12 @@
 """One run at a time in a working directory; one that was killed holds nothing."""
 
+import contextlib
 import signal
 import threading
 import time
 
 import pytest
+from etils import epath
 
 from npedit_jax.training import workdir_lock, workdirs
 from npedit_jax.training.workdir_lock import Lease
@@ -101,3 +103,10 @@ def test_disk_without_locks_gets_a_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir_lock.Lease.__init__, "__defaults__", (0.8, 0.05, None))
     with workdir_lock.held(tmp_path / "run"):
         assert (tmp_path / "run" / workdirs.LEASE).exists()
+
+
+def test_bucket_gets_a_lease(monkeypatch):
+    taken = []
+    monkeypatch.setattr(workdir_lock, "Lease", lambda path: contextlib.nullcontext(taken.append(str(path))))
+    with workdir_lock._lock(epath.Path("gs://bucket/run")):
+        assert taken == [f"gs://bucket/run/{workdirs.LEASE}"]

@@ -4,13 +4,16 @@ import ast
 import json
 import pathlib
 import pickle
+import zipfile
 
 import pytest
 from etils import epath
 
 import npedit_jax
 from npedit_jax import Editor, pictures, weights
+from npedit_jax.data import records
 from npedit_jax.training import workdirs
+from tests.data import record_sets
 from tests.faults.command import ROOT
 
 PACKAGE = pathlib.Path(npedit_jax.__file__).parent
@@ -102,6 +105,16 @@ def test_run_whose_config_is_no_json_is_refused(payload, tmp_path):
 def test_pickle_as_a_picture_is_refused(payload):
     with pytest.raises(ValueError, match="no known format"):
         pictures.decode(payload)
+
+
+def test_pickled_index_of_records_is_refused(payload, tmp_path):
+    """An array of objects in an .npz is a pickle."""
+    record_sets.write(tmp_path / "set", record_sets.photograph_records(1))
+    array = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "set" / records.INDEX, "w") as archive:
+        archive.writestr("rows.npy", array + payload)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        records.Records(tmp_path / "set")
 
 
 def test_readme_says_that_config_files_are_executed():

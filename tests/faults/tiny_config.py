@@ -10,4 +10,5 @@ def get_config() -> ConfigDict:
     config = autoencoder_config(steps=24)
     config.checkpoint.every = 4
     config.log.preview_every = 1
+    config.data.reading = dict(workers=0, threads=1, buffer=4, max_bad_share=0.01)
     return config

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -199,3 +200,15 @@ def test_local_starts_as_many_hosts_as_told():
     assert [line[2] for line in lines] == [f"NPEDIT_HOSTS={host}/3@localhost:9000" for host in range(3)]
     assert all(line[-4:] == ["--config", "a config.py", "--workdir", "w"] for line in lines)
     assert subprocess.run(command[:2], capture_output=True).returncode == 2
+
+
+def test_commands_of_the_page_run_as_they_stand(gcloud):
+    text = (LAUNCH.parent / "docs" / "pods.md").read_text().replace("\\\n", " ")
+    settings = dict(word.split("=") for word in re.search(r"^    export (.*)", text, re.MULTILINE)[1].split())
+    lines = re.findall(r"^    ((?:[A-Z]+=\S+ )*)launch/pod/(\S+)([^#\n]*)", text, re.MULTILINE)
+    assert {name for _, name, _ in lines} == {path.name for path in POD.glob("*.sh")} - {"settings.sh", "xla_flags.sh"}
+    for own, name, rest in lines:
+        own = dict(word.split("=") for word in own.split())
+        done, calls = gcloud(name, *shlex.split(rest), answers={"describe": ["0 ACTIVE"]}, **settings | own)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        assert bool(calls) == ("--dry-run" not in rest), name
