@@ -148,7 +148,6 @@ def restore_elsewhere(directory: str, saved: state.TrainState, meshes: list[jax.
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.monitoring.register_event_duration_secs_listener(note_compilation)
     jax.config.update("jax_num_cpu_devices", 4 if os.environ.get(hosts.VARIABLE) else 8)
     hosts.join()
