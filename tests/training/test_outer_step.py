@@ -82,15 +82,36 @@ def test_both_lengths_are_drawn():
     assert lengths == {1, 2}
 
 
-@pytest.mark.parametrize("place", [0, INNER - 1])
-def test_a_batch_that_is_not_a_number_is_skipped_and_counted(place):
+def spoil_batch(field, place, batch, frozen):
+    batch[field][place] = np.nan
+    return batch, frozen
+
+
+def spoil_network(name, batch, frozen):
+    return batch, frozen | {name: jax.tree.map(lambda x: x * jnp.float32(jnp.nan), frozen[name])}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "skipped"),
+    [
+        (functools.partial(spoil_batch, "weight", 0), {"fake_score": 1, "student": 0}),
+        (functools.partial(spoil_batch, "guidance", INNER - 1), {"fake_score": 0, "student": 1}),
+        (functools.partial(spoil_network, "scorer"), {"fake_score": 0, "student": 1}),
+        (functools.partial(spoil_network, "text_encoder"), {"fake_score": INNER - 1, "student": 1}),
+    ],
+    ids=["first batch", "last batch", "logits", "everything"],
+)
+def test_step_with_nan_changes_nothing_and_is_counted(spoil, skipped):
     step, start, frozen = stepper()
-    bad = batches()
-    bad["guidance" if place else "weight"][place] = np.nan
-    end, _ = step(start, frozen, bad, jax.random.key(0))
-    name = "student" if place else "fake_score"
-    assert int(end.skipped[name]) == 1
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(end.params))
+    batch, spoiled = spoil(batches(), frozen)
+    end, metrics = step(start, spoiled, batch, jax.random.key(0))
+    for name, count in skipped.items():
+        moved = any(change(start.params[name], end.params[name]).values())
+        assert moved == (count < {"fake_score": INNER - 1, "student": 1}[name])
+        assert int(end.skipped[name]) == int(metrics[f"skipped/{name}"]) == count
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((end.params, end.ema)))
+    after, metrics = step(end, frozen, batches(), jax.random.key(1))
+    assert int(after.step) == 2 and np.isfinite(metrics["loss"])
 
 
 def copy(tree):
