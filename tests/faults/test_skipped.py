@@ -1,6 +1,7 @@
 """Updates left out because of numbers that are not finite: a run with too many of them ends by itself."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +15,53 @@ from npedit_jax.training.skip_limit import SkipLimit
 from tests.faults.command import saved
 from tests.training.tiny import autoencoder_config
 
-NAN = jnp.float32(jnp.nan)
 
-
-def _stage_with_bad_steps(config, bad):
-    """The run's own state and rules, with gradients of ones, or of NaN on the steps where `bad` holds."""
-    stage = stages.build(config)
-
-    def step(state, frozen, batch, rng):
-        value = jnp.where(bad(state.step + 1), NAN, 1.0)
-        gradients = jax.tree.map(lambda x: jnp.full_like(x, value), state.params["autoencoder"])
-        state, metrics = states.apply_gradients(state, "autoencoder", gradients, stage.rules["autoencoder"])
-        return states.finish_step(state, 0.9), metrics | {"loss": value}
-
-    return dataclasses.replace(stage, step=jax.jit(step))
-
-
-def _config(steps):
-    config = autoencoder_config(steps=steps)
+def _config():
+    config = autoencoder_config(steps=16)
     config.guard.skipped_share, config.guard.window = 0.2, 10
     return config
 
 
+@functools.cache
+def _update():
+    """Gradients that are one number everywhere: one program for all runs."""
+    rule = stages.rules(_config())["autoencoder"]
+
+    def update(state, value):
+        gradients = jax.tree.map(lambda x: jnp.full_like(x, value), state.params["autoencoder"])
+        state, metrics = states.apply_gradients(state, "autoencoder", gradients, rule)
+        return states.finish_step(state, 0.9), metrics | {"loss": value}
+
+    return jax.jit(update)
+
+
+def _stage_with_bad_steps(bad):
+    """The run's own state and rules, with gradients of ones, or of NaN on the steps where `bad` holds."""
+
+    def step(state, frozen, batch, rng):
+        wrong = bad(int(jax.device_get(state.step)) + 1)
+        return _update()(state, jax.device_put(np.float32(np.nan if wrong else 1.0)))
+
+    return dataclasses.replace(stages.build(_config()), step=step)
+
+
 def test_run_ends_by_itself_above_the_share_with_a_checkpoint_from_before(tmp_path):
-    config = _config(16)
+    config = _config()
     workdirs.open_run(tmp_path / "run", config)
     with pytest.raises(RunFault, match="step 11: 3 updates of autoencoder were left out within 10 steps.*at most 2"):
-        loop.run(config, _stage_with_bad_steps(config, lambda step: step > 8), tmp_path / "run")
+        loop.run(config, _stage_with_bad_steps(lambda step: step > 8), tmp_path / "run")
     assert saved(tmp_path / "run") == [8, 10]
     rows = telemetry.read_metrics(tmp_path / "run")
     assert rows[-1]["step"] == 11 and rows[-1]["loss"] is None and rows[-1]["skipped/autoencoder"] == 3
     # With the cause gone it goes on from there.
-    final = loop.run(config, _stage_with_bad_steps(config, lambda step: step < 0), tmp_path / "run")
+    final = loop.run(config, _stage_with_bad_steps(lambda step: step < 0), tmp_path / "run")
     assert int(final.step) == 16 and int(final.skipped["autoencoder"]) == 2
 
 
 def test_run_within_the_share_goes_on(tmp_path):
-    config = _config(14)
+    config = _config()
     workdirs.open_run(tmp_path / "run", config)
-    final = loop.run(config, _stage_with_bad_steps(config, lambda step: step % 6 == 0), tmp_path / "run")
+    final = loop.run(config, _stage_with_bad_steps(lambda step: step % 6 == 0), tmp_path / "run")
     assert int(final.skipped["autoencoder"]) == 2
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(final.params))
 
