@@ -35,6 +35,10 @@ OF_STAGE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # A config has all fields of a choice, or none: adapters, records in the place of easy-VQA, several tasks.
 CHOICES = (("", ("lora",)), ("data", ("records", "buckets")), ("data", ("tasks", "task_prefix")))
+# Of the options of data, the rest of which the stage's function takes by name.
+FROM_SOURCE = ("autoencoder", "base", "warmup", "npedit")
+SOURCE = ("fraction",)
+RECORDS = ("flip",)
 LORA = ("rank", "alpha", "targets", "base", "start")
 NETWORK = ("kind", "directory", "architecture", "options")
 
@@ -51,6 +55,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         for place, choice in CHOICES:
             names += choice if place == part and any(name in found for name in choice) else ()
         _check(part, found, names)
+    if config.stage in FROM_SOURCE:
+        needed = (*SOURCE, *RECORDS) if "records" in config.data else SOURCE
+        _check("data.options", config.data.options, needed, others=True)
     for name in config.networks:
         _check(f"networks.{name}", config.networks[name], NETWORK)
     if "lora" in config:
@@ -61,9 +68,9 @@ def _part(config: ml_collections.ConfigDict, name: str) -> ml_collections.Config
     return functools.reduce(lambda part, key: part[key], filter(None, name.split(".")), config)
 
 
-def _check(part: str, found: ml_collections.ConfigDict, names: tuple[str, ...]) -> None:
+def _check(part: str, found: ml_collections.ConfigDict, names: tuple[str, ...], *, others: bool = False) -> None:
     missing = [name for name in names if name not in found]
-    unknown = [name for name in found if name not in names]
+    unknown = [] if others else [name for name in found if name not in names]
     if missing or unknown:
         told = [f"{word} {', '.join(wrong)}" for word, wrong in (("lacks", missing), ("has unknown", unknown)) if wrong]
         place = f"config.{part}" if part else "config"

@@ -24,6 +24,7 @@ def test_the_stages_are_those_that_have_fields():
         ("guard.window", "config.guard lacks window; its fields are skipped_share, window, data_seconds"),
         ("data.reading.buffer", "config.data.reading lacks buffer"),
         ("data.text_length", "config.data lacks text_length"),
+        ("data.options.fraction", "config.data.options lacks fraction"),
         ("log.profile_steps", "config.log lacks profile_steps"),
         ("sampling.eta", "config.sampling lacks eta"),
         ("lora.alpha", "config.lora lacks alpha"),
