@@ -15,7 +15,9 @@ from npedit_jax.training.edit_losses import EditSettings
 from tests.training.tiny_networks import INNER, batches, parts
 
 SETTINGS = EditSettings(times=(1.0, 0.5), scorer_weight=0.5, skip_norm=1e9)
-LONG, SHORT = (0, 1, 2, 4, 5), 3  # keys whose steps unroll two steps, and one
+# Keys whose steps unroll two steps, and one. With others a weight per pixel divides by a difference near 0, which two
+# orders of summation do not round alike.
+LONG, SHORT = (0, 1, 2, 5, 6), 3
 
 
 class Recorded(NamedTuple):
