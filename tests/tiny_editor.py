@@ -44,7 +44,9 @@ _SCORER = tiny_networks.SPECS["scorer"][1]
 SCORER = _SCORER | dict(
     vision_config=_SCORER["vision_config"]
     | dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, patch_size=16, image_size=64),
-    llm_config=_SCORER["llm_config"] | WIDER | dict(vocab_size=71, hidden_size=32, intermediate_size=40),
+    llm_config=_SCORER["llm_config"]
+    | WIDER
+    | dict(vocab_size=71, hidden_size=32, intermediate_size=40, tie_word_embeddings=False),
     npedit=dict(answer_ids=(7, 8)),
 )
 
