@@ -76,8 +76,11 @@ def _train(words: list[str], log: str, before: Callable[[], Any] | None) -> None
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
     sys.argv = words  # where the config's library looks for changed fields
+    import jax
+
     from npedit_jax import train
 
+    jax.config.update("jax_disable_most_optimizations", True)
     if before:
         before()
     sys.exit(train.main(words))
