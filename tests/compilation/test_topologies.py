@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("libtpu")
 ROOT = pathlib.Path(__file__).parents[2]
-# libtpu is loaded in a process of its own: the tests' own process stays without it. Programs for chips that are not here
-# are not kept.
+# libtpu is loaded in a process of its own: the tests' own process stays without it. Programs for chips that are not
+# here are not kept.
 ENVIRONMENT = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 HEADER = """
 import functools, re, jax, jax.numpy as jnp
