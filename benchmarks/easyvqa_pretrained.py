@@ -83,19 +83,9 @@ def base_figures(run: str | None, images: int, *, steps: int = 20, time_shift: f
         text = sampling.encode_text(modules, params, ids, mask)
         none = (np.broadcast_to(x, (len(ids), TEXT_LENGTH)) for x in (empty.ids, empty.mask))
         negative = sampling.encode_text(modules, params, *none)
-        shape = (len(ids), *latent_shape(modules["autoencoder"]))
-        latents = sampling.generate(
-            modules["denoiser"],
-            params["denoiser"],
-            shape,
-            text,
-            negative,
-            jax.random.key(seeds[0]),
-            steps=steps,
-            guidance=guidance[0],
-            time_shift=time_shift,
-        )
-        return to_uint8(modules["autoencoder"].apply({"params": params["autoencoder"]}, latents, method="decode"))
+        options = dict(steps=steps, guidance=guidance[0], time_shift=time_shift)
+        key = jax.random.key(seeds[0])
+        return to_uint8(sampling.draw(modules, params, data.images.shape[1:3], text, negative, key, **options))
 
     program = jax.jit(draw)
     for guidance in (1.0, 2.0):
@@ -110,12 +100,6 @@ def base_figures(run: str | None, images: int, *, steps: int = 20, time_shift: f
                 for x, s in zip(readings, data.shapes, strict=True)
             ]
             yield f"captions drawn with the right {part}, guidance {guidance:g}, %", 100 * np.mean(right)
-
-
-def latent_shape(autoencoder: Any) -> tuple[int, int, int]:
-    """Of a 64x64 image."""
-    side = 64 // 2 ** (len(autoencoder.block_out_channels) - 1)
-    return side, side, autoencoder.latent_channels
 
 
 def warmup_figures(run: str | None, images: int) -> Figures:

@@ -11,4 +11,4 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 .venv/bin/ruff check .
 export JAX_PLATFORMS=cpu
-exec .venv/bin/python -m pytest --numprocesses 2 --durations 10 "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist worksteal --durations 10 "$@"

@@ -22,7 +22,7 @@ from PIL import Image
 from npedit_jax import export, pictures, sampling
 from npedit_jax.data import questions
 from npedit_jax.data.tokenize import TextTokenizer
-from npedit_jax.pixels import to_pixels, to_uint8
+from npedit_jax.pixels import to_uint8
 from npedit_jax.training import networks, workdirs
 
 NETWORKS = ("autoencoder", "text_encoder", "student")
@@ -185,17 +185,16 @@ class Editor:
         self, params: Mapping[str, Any], images: jax.Array, ids: jax.Array, mask: jax.Array, seeds: jax.Array
     ) -> jax.Array:
         """Pixels to pixels, uint8 [B, H, W, 3]; this is what is compiled."""
-        autoencoder, variables = self._modules["autoencoder"], {"params": params["autoencoder"]}
-        reference = autoencoder.apply(variables, to_pixels(images), method="encode")
+        _, reference = sampling.encode_image(self._modules, params, images)
         text = sampling.encode_text(self._modules, params, ids, mask)
         rngs = jax.vmap(jax.random.key)(seeds)
         latents = sampling.edit(self._modules["student"], params["student"], reference, text, rngs, **self._settings)
-        return to_uint8(autoencoder.apply(variables, latents, method="decode"))
+        return to_uint8(sampling.decode(self._modules, params, latents))
 
     def _limits(self) -> tuple[int, pictures.Size]:
         """What the sides must be multiples of, and the largest (width, height)."""
         student = self._modules["student"]
-        multiple = 2 ** (len(self._modules["autoencoder"].block_out_channels) - 1) * student.patch_size
+        multiple = self._modules["autoencoder"].downscale * student.patch_size
         _, rows, columns = student.rope_lengths
         return multiple, (columns * multiple, rows * multiple)
 

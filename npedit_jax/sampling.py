@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from npedit_jax.objectives import flow, matching, unroll
+from npedit_jax.pixels import to_pixels
 
 Params = Any
+Modules = Mapping[str, nn.Module]
+NetworkParams = Mapping[str, Params]  # by the name of the network, as the modules
 Text = tuple[jax.Array, jax.Array]  # hidden states [B, L, D] and mask [B, L]
 
 
@@ -42,10 +45,10 @@ def edit(
     return unroll.sample(velocity, noises[0], times, noises[1:], sampler=sampler, eta=eta)
 
 
-def generate(
-    denoiser: nn.Module,
-    params: Params,
-    shape: tuple[int, ...],
+def draw(
+    modules: Modules,
+    params: NetworkParams,
+    size: tuple[int, int],
     text: Text,
     negative: Text,
     rng: jax.Array,
@@ -54,22 +57,43 @@ def generate(
     guidance: float,
     time_shift: float,
 ) -> jax.Array:
-    """Latents of the given shape [B, H, W, C] from text by `steps` deterministic steps of the guided flow."""
+    """What the base model draws from text by `steps` deterministic steps of the guided flow.
+
+    Args:
+      size: height and width in pixels.
+
+    Returns:
+      Pixels [B, height, width, 3], about [-1, 1] and not clipped.
+    """
+    autoencoder, count = modules["autoencoder"], len(text[0])
+    shape = (count, *(side // autoencoder.downscale for side in size), autoencoder.latent_channels)
     times = flow.shift_time(jnp.linspace(1.0, 0.0, steps + 1), time_shift)
     pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), text, negative)
-    scale = jnp.full(shape[:1], guidance)
+    scale = jnp.full((count,), guidance)
 
     def advance(x_t, pair_of_times):
         t, after = pair_of_times
-        both = denoiser.apply({"params": params}, jnp.concatenate([x_t, x_t]), jnp.full((2 * shape[0],), t), *pair)
+        both = modules["denoiser"].apply(
+            {"params": params["denoiser"]}, jnp.concatenate([x_t, x_t]), jnp.full((2 * count,), t), *pair
+        )
         velocity = matching.guide(*jnp.split(both, 2), scale)
         return x_t + (after - t) * velocity, None
 
-    return jax.lax.scan(advance, jax.random.normal(rng, shape), (times[:-1], times[1:]))[0]
+    latents, _ = jax.lax.scan(advance, jax.random.normal(rng, shape), (times[:-1], times[1:]))
+    return decode(modules, params, latents)
 
 
-def encode_text(
-    modules: Mapping[str, nn.Module], params: Mapping[str, Params], ids: jax.Array, mask: jax.Array
-) -> Text:
+def encode_text(modules: Modules, params: NetworkParams, ids: jax.Array, mask: jax.Array) -> Text:
     """Hidden states of the text encoder, with the mask that goes along."""
     return modules["text_encoder"].apply({"params": params["text_encoder"]}, ids, mask), mask
+
+
+def encode_image(modules: Modules, params: NetworkParams, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pixels in [-1, 1] of uint8 images [B, height, width, 3], and their latents [B, H, W, C]."""
+    pixels = to_pixels(image)
+    return pixels, modules["autoencoder"].apply({"params": params["autoencoder"]}, pixels, method="encode")
+
+
+def decode(modules: Modules, params: NetworkParams, latents: jax.Array) -> jax.Array:
+    """Pixels [B, height, width, 3] of latents, about [-1, 1] and not clipped."""
+    return modules["autoencoder"].apply({"params": params["autoencoder"]}, latents, method="decode")

@@ -1,10 +1,19 @@
-"""Test settings: slow tests on request, implicit broadcasting between ranks an error."""
+"""Test settings: slow tests on request, implicit broadcasting between ranks an error, programs compiled once."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the time of these tests; the plainer code of these two settings runs fast enough.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Of all workers and of the commands that tests start: what one has compiled the others read.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="npedit-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest

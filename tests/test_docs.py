@@ -51,7 +51,7 @@ ALL = [(page, words) for page in PAGES for words in commands(page)]
 def sandbox(tmp_path_factory):
     """A folder with what the pages speak of: a run, photographs, benchmarks, a model behind an address."""
     folder = tmp_path_factory.mktemp("docs")
-    write_run(folder, "package:pretrained/easyvqa/text_encoder", SAMPLING, scorer=True)
+    write_run(folder, "package:pretrained/easyvqa/text_encoder", SAMPLING, scorer=True, buckets=((16, 16), (12, 20)))
     for name in ("RUN", "runs/easyvqa", "runs/easyvqa-base"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copytree(folder / "run", folder / name)

@@ -11,67 +11,44 @@ from ml_collections import ConfigDict
 from npedit_jax import weights
 from npedit_jax.training import networks, state, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
+from tests.training import tiny, tiny_networks
 
-AUTOENCODER = dict(
-    block_out_channels=[8, 8],
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=2,
-    scaling_factor=0.7,
-    shift_factor=0.1,
-    mid_block_add_attention=True,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
+# Those of the training tests, with what a text encoder and a scorer with the shipped tokenizers need, and attention in
+# every network.
+AUTOENCODER = tiny.AUTOENCODER | dict(
+    block_out_channels=(8, 8), latent_channels=4, scaling_factor=0.7, shift_factor=0.1, mid_block_add_attention=True
 )
-TEXT_ENCODER = dict(
-    model_type="qwen3",
-    vocab_size=320,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-    hidden_act="silu",
+WIDER = dict(num_attention_heads=2, num_key_value_heads=1)
+TEXT_ENCODER = (
+    dict(
+        tiny_networks.SPECS["text_encoder"][1],
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+    )
+    | WIDER
 )
 STUDENT = dict(
+    tiny_networks.DENOISER,
     in_channels=4,
     dim=32,
     n_layers=2,
-    n_refiner_layers=1,
     n_heads=2,
     cap_feat_dim=16,
-    axes_dims=[4, 6, 6],
-    axes_lens=[160, 16, 16],
+    axes_dims=(4, 6, 6),
+    axes_lens=(160, 16, 16),
+    npedit={},  # Z-Image's own: the release's Python reads it too
 )
-
-SCORER = {
-    "model_type": "internvl_chat",
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "patch_size": 16,
-        "image_size": 64,
-        "norm_type": "layer_norm",
-        "qkv_bias": True,
-    },
-    "llm_config": {
-        "model_type": "qwen2",
-        "vocab_size": 71,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_theta": 10000.0,
-    },
-    "npedit": {"answer_ids": [7, 8]},
-}
+_SCORER = tiny_networks.SPECS["scorer"][1]
+SCORER = _SCORER | dict(
+    vision_config=_SCORER["vision_config"]
+    | dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, patch_size=16, image_size=64),
+    llm_config=_SCORER["llm_config"]
+    | WIDER
+    | dict(vocab_size=71, hidden_size=32, intermediate_size=40, tie_word_embeddings=False),
+    npedit=dict(answer_ids=(7, 8)),
+)
 
 
 def write_run(
@@ -100,7 +77,7 @@ def write_run(
     parts |= {"scorer": ("internvl", SCORER)} if scorer else {}
     specs, params = {}, {}
     for name, (kind, architecture) in parts.items():
-        module = weights.build(kind, architecture)
+        module = weights.build(kind, networks.plain(architecture))
         params[name] = noise(networks.shapes(kind, module))
         weights.save(kind, module, params[name], root / name)
         specs[name] = dict(kind=kind, directory=str(root / name), architecture={}, options={})

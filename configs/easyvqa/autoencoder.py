@@ -34,7 +34,12 @@ def get_config() -> ConfigDict:
             options=ConfigDict(),
         )
     )
-    config.data = ConfigDict(dict(options=dict(plain_share=0.05, redraw=0.3)))
+    config.data = ConfigDict(
+        dict(
+            reading=dict(workers=0, threads=1, buffer=4, max_bad_share=0.01),
+            options=dict(fraction=1.0, plain_share=0.05, redraw=0.3),
+        )
+    )
     config.step = ConfigDict(dict(ema=0.995, skip_norm=100.0, kl_weight=1e-4))
     config.optimizer = ConfigDict(
         dict(
@@ -51,7 +56,9 @@ def get_config() -> ConfigDict:
         )
     )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=500, keep=2))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=20, preview_every=1000))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=20, preview_every=1000, wandb_project="", profile_steps=()))
     return config

@@ -53,10 +53,11 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
+            reading=dict(workers=0, threads=1, buffer=4, max_bad_share=0.01),
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
             # The empty picture and other places of the shape are what a pretrained text-to-image model would know.
-            options=dict(caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.3),
+            options=dict(fraction=1.0, caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.3),
         )
     )
     config.step = ConfigDict(dict(ema=0.995, skip_norm=1000.0, time_shift=3.0, weighting="time", endpoint=0.0))
@@ -74,9 +75,11 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict({name: dict(muon, learning_rate=rate) for name, rate in rates.items()})
     config.sampling = ConfigDict(dict(steps=12, time_shift=3.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=500, keep=2))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=20, preview_every=1000))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=20, preview_every=1000, wandb_project="", profile_steps=()))
     return config
 
 

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.steps = 600
     config.batch_size = 16
     config.fake_updates = 2  # per student update; 5 in the release, 10 in the paper
+    config.separate_steps = False
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
@@ -25,6 +26,7 @@ def get_config() -> ConfigDict:
     config.networks.scorer = network("internvl", "scorer")
     config.data = ConfigDict(
         dict(
+            reading=dict(workers=0, threads=1, buffer=4, max_bad_share=0.01),
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
             scorer_tokenizer="package:pretrained/easyvqa/scorer",
@@ -73,9 +75,11 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(dict(student=muon, fake_score=muon))
     config.sampling = ConfigDict(dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=100, keep=2))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=10, preview_every=100))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=10, preview_every=100, wandb_project="", profile_steps=()))
     return config
 
 

@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
+            reading=dict(workers=0, threads=1, buffer=4, max_bad_share=0.01),
             scorer_tokenizer="package:pretrained/easyvqa/scorer",
             question_length=72,  # tokens, of which 16 per image
             templates="easyvqa",
@@ -83,9 +84,11 @@ def get_config() -> ConfigDict:
         )
     )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=250, keep=2))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=20, preview_every=1000))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=20, preview_every=1000, wandb_project="", profile_steps=()))
     return config
 
 

@@ -21,9 +21,10 @@ def get_config() -> ConfigDict:
     config.networks.text_encoder = network("qwen3", "package:pretrained/easyvqa/text_encoder")
     config.data = ConfigDict(
         dict(
+            reading=dict(workers=0, threads=1, buffer=4, max_bad_share=0.01),
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
-            options=dict(caption_dropout=0.1),
+            options=dict(fraction=1.0, caption_dropout=0.1),
         )
     )
     # Copying matters most at pure noise, where the few-step editor starts.
@@ -44,9 +45,11 @@ def get_config() -> ConfigDict:
     )
     config.sampling = ConfigDict(dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=200, keep=2))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
-    config.log = ConfigDict(dict(every=20, preview_every=300))
+    # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
+    config.log = ConfigDict(dict(every=20, preview_every=300, wandb_project="", profile_steps=()))
     return config
 
 

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             reading=npedit.READING,
             text_tokenizer="weights/Z-Image/tokenizer",
             text_length=512,  # tokens
-            options=dict(caption_dropout=0.1, flip=0.5),
+            options=dict(caption_dropout=0.1, fraction=1.0, flip=0.5),
         )
     )
     config.step = ConfigDict(
@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(dict(student=adam))
     config.sampling = ConfigDict(dict(times=npedit.TIMES, sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=250, keep=3))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.

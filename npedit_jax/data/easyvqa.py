@@ -6,6 +6,7 @@ What an image shows is derived from the package's own questions and answers.
 
 import collections
 import dataclasses
+import functools
 import io
 import itertools
 from collections.abc import Iterator
@@ -98,8 +99,9 @@ class EasyVQA:
         return EasyVQA(*(getattr(self, field.name)[:count] for field in dataclasses.fields(self)))
 
 
+@functools.cache
 def load(split: str) -> EasyVQA:
-    """Reads the "train" (4,000 images) or "test" (1,000 images) split.
+    """Reads the "train" (4,000 images) or "test" (1,000 images) split, once in a process: its arrays are read-only.
 
     Raises:
       ValueError: unknown split, or questions of the package that contradict each other or the pixels.
@@ -120,6 +122,8 @@ def load(split: str) -> EasyVQA:
     shapes = tuple(_shape(*item) for item in zip(facts, images, grounds, strict=True))
     questions = tuple(tuple(asked[image_id]) for image_id in range(len(images)))
     answered = np.array([[len(colors) == 1, len(kinds) == 1] for colors, kinds in facts])
+    for array in (images, grounds, answered):
+        array.setflags(write=False)
     return EasyVQA(images, grounds, shapes, answered, questions)
 
 

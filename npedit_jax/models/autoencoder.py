@@ -193,6 +193,11 @@ class Autoencoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @property
+    def downscale(self) -> int:
+        """Pixels along the side of a latent pixel."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def setup(self):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         common = {"groups": self.groups, "middle_attention": self.middle_attention, "remat": self.remat, **types}

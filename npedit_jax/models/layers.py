@@ -123,5 +123,6 @@ def stack(block: type[nn.Module], layers: int, policy: str, broadcast_arguments:
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * broadcast_arguments,
         length=layers,
+        check_constancy_invariants=False,  # nothing is broadcast that a layer could change: one trace of it is enough
     )
     return scan(remat(block, policy))

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from npedit_jax.models.lora import Variables
 from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow, matching, unroll
-from npedit_jax.pixels import to_pixels
-from npedit_jax.sampling import Text, encode_text
+from npedit_jax.sampling import Text, decode, encode_image, encode_text
 from npedit_jax.training import steps
 from npedit_jax.training.steps import Batch, Metrics, Modules, Params, average
 
@@ -123,8 +122,7 @@ def draw_two_steps(rng: jax.Array, settings: EditSettings) -> jax.Array:
 
 def conditions(modules: Modules, frozen: Mapping[str, Params], batch: Batch) -> Conditions:
     """Encodes the reference, the instruction, the edited image's caption and the negative prompt."""
-    pixels = to_pixels(batch["reference"])
-    reference = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, pixels, method="encode")
+    pixels, reference = encode_image(modules, frozen, batch["reference"])
     # One call for both texts of a sample: the encoder is compiled once for them.
     ids, mask = (
         jnp.concatenate([batch[f"{kind}_{part}"] for kind in ("instruction", "caption")]) for part in ("ids", "mask")
@@ -246,7 +244,7 @@ def scorer_loss(
     settings: EditSettings,
 ) -> tuple[jax.Array, Metrics]:
     """The scorer's loss [B] on the decoded x0, and the mean probability that it gives to the wanted answers."""
-    decoded = modules["autoencoder"].apply({"params": frozen["autoencoder"]}, x0, method="decode")
+    decoded = decode(modules, frozen, x0)
     if settings.scorer_noise:
         decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
     if settings.scorer_clip:

@@ -18,7 +18,6 @@ from npedit_jax.training.faults import RunFault
 from npedit_jax.training.skip_limit import SkipLimit
 from npedit_jax.training.watched import Watched
 
-GUARD = ml_collections.FrozenConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))  # where there is none
 Pending = tuple[int, dict[str, jax.Array], dict[str, float]] | None
 Preview = Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None]
 
@@ -50,7 +49,7 @@ def _run(
     config: ml_collections.ConfigDict, stage: stages.Stage, workdir: epath.PathLike, preview: Preview | None
 ) -> state.TrainState:
     train_state, frozen = stage.start(), stage.frozen()
-    guard = config.guard if "guard" in config else GUARD
+    guard = config.guard
     batches = Watched(iterate(stage.dataset, stage.reading), guard.data_seconds)
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     start, found = 0, checkpoints.newest(lambda step: checkpoints.restore(step, train_state))
@@ -60,9 +59,8 @@ def _run(
         logging.info("resumed from step %d", start)
     limit = SkipLimit(guard.skipped_share, guard.window, stage.updates(), start, jax.device_get(train_state.skipped))
     meter = telemetry.Meter(workdir, start, stages.work(config, stage))
-    wandb_project = config.log.wandb_project if "wandb_project" in config.log else ""
-    log = telemetry.MetricsLog(workdir, restored_step=start, wandb_project=wandb_project)
-    profiler = telemetry.Profiler(workdir, config.log.profile_steps if "profile_steps" in config.log else ())
+    log = telemetry.MetricsLog(workdir, restored_step=start, wandb_project=config.log.wandb_project)
+    profiler = telemetry.Profiler(workdir, config.log.profile_steps)
 
     keys = _StepKeys(config.seed, stage.mesh)
     pending: Pending = None

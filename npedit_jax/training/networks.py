@@ -41,7 +41,9 @@ def initialise(kind: str, module: nn.Module, rng: jax.Array, mesh: Mesh | None =
         inputs = [jnp.zeros(x.shape, x.dtype) for x in kinds.example_inputs(kind, module)]
         return module.init(rng, *inputs)["params"]
 
-    return parallel.place(make, _shardings(kind, module, mesh), rng)
+    # The same function for the shapes and for the values: it is traced once.
+    shardings = None if mesh is None else parallel.parameter_shardings(mesh, jax.eval_shape(make, rng))
+    return parallel.place(make, shardings, rng)
 
 
 def shapes(kind: str, module: nn.Module) -> Any:

@@ -108,24 +108,9 @@ def _base(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
 
     def rows(params, batch, rng):
         pixels = to_pixels(batch["image"])
-        ids, mask = batch["caption_ids"], batch["caption_mask"]
-        text = sampling.encode_text(modules, params, ids, mask)
-        decode = lambda z: modules["autoencoder"].apply(  # noqa: E731
-            {"params": params["autoencoder"]}, z, method="decode"
-        )
-        latents = modules["autoencoder"].apply({"params": params["autoencoder"]}, pixels, method="encode")
-        drawn = sampling.generate(
-            modules["denoiser"],
-            params["denoiser"],
-            latents.shape,
-            text,
-            text,
-            rng,
-            steps=settings.steps,
-            guidance=1.0,
-            time_shift=settings.time_shift,
-        )
-        return pixels, decode(drawn)
+        text = sampling.encode_text(modules, params, batch["caption_ids"], batch["caption_mask"])
+        options = dict(steps=settings.steps, guidance=1.0, time_shift=settings.time_shift)
+        return pixels, sampling.draw(modules, params, pixels.shape[1:3], text, text, rng, **options)
 
     return rows
 
@@ -135,8 +120,7 @@ def _editor(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
     settings = config.sampling
 
     def rows(params, batch, rng):
-        pixels = to_pixels(batch["reference"])
-        latents = modules["autoencoder"].apply({"params": params["autoencoder"]}, pixels, method="encode")
+        pixels, latents = sampling.encode_image(modules, params, batch["reference"])
         kind = "instruction" if "instruction_ids" in batch else "caption"
         text = sampling.encode_text(modules, params, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
         edited = sampling.edit(
@@ -149,7 +133,7 @@ def _editor(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
             sampler=settings.sampler,
             eta=settings.eta,
         )
-        return pixels, modules["autoencoder"].apply({"params": params["autoencoder"]}, edited, method="decode")
+        return pixels, sampling.decode(modules, params, edited)
 
     return rows
 

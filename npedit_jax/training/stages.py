@@ -21,7 +21,7 @@ from npedit_jax.data.records import Records
 from npedit_jax.data.sources import RecordSource, Source
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.models import lora
-from npedit_jax.training import edit_step, networks, optimizer, state, steps, telemetry
+from npedit_jax.training import edit_step, fields, networks, optimizer, state, steps, telemetry
 from npedit_jax.training.edit_losses import EditSettings
 from npedit_jax.training.networks import Network
 
@@ -96,7 +96,7 @@ def build(config: Config) -> Stage:
         mesh=mesh,
         step=compiled_step(config, {name: network.params for name, network in made.items()}, modules, mesh),
         dataset=DATASETS[config.stage](config, modules),
-        reading=Reading(**config.data.reading) if "reading" in config.data else Reading(),
+        reading=Reading(**config.data.reading),
         inner_batches=inner_batches(config),
         adapted=adapted(config),
         offload=offload(config),
@@ -111,7 +111,7 @@ def offload(config: Config) -> tuple[str, ...]:
     Raises:
       ValueError: any other name.
     """
-    names = tuple(config.offload) if "offload" in config else ()
+    names = tuple(config.offload)
     frozen = [name for name in config.networks if name not in config.optimizer]
     if unknown := [name for name in names if name not in ("optimizer", *frozen)]:
         raise ValueError(f"cannot offload {unknown}; choose among 'optimizer' and the frozen networks {frozen}")
@@ -146,9 +146,10 @@ def inner_batches(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where the config names no stage."""
+    """Raises ValueError where the config names no stage, or has other fields than its stage."""
     if config.stage not in STEPS:
         raise ValueError(f"unknown stage {config.stage!r}; choose one of {tuple(STEPS)}")
+    fields.check(config)
 
 
 def step(config: Config, modules: Modules) -> steps.Step:
@@ -303,7 +304,7 @@ def edit_settings(config: Config) -> EditSettings:
 
 def separate(config: Config) -> bool:
     """Whether each update of the step is a program of its own."""
-    return "separate_steps" in config and config.separate_steps
+    return config.stage == "npedit" and config.separate_steps
 
 
 STEPS: Mapping[str, Callable[[Config, Modules, steps.Rules], steps.Step]] = {
@@ -380,12 +381,13 @@ def _task(config: Config, name: str, weights: Mapping[str, float]) -> pipeline.T
 def _source(config: Config, records: str = "") -> tuple[Source, dict[str, Any]]:
     """Where samples come from, and the options that are left for the stage."""
     options = config.data.options.to_dict()
-    fraction = options.pop("fraction", 1.0)
+    fraction = options.pop("fraction")
     if "records" not in config.data:
         return EasyVQASource(easyvqa.load("train").fraction(fraction)), options
     sets, weights = _sets(records or config.data.records)
-    flip = options.pop("flip", 0.0)
-    return RecordSource(sets, config.data.buckets, weights=weights, fraction=fraction, flip=flip), options
+    return RecordSource(
+        sets, config.data.buckets, weights=weights, fraction=fraction, flip=options.pop("flip")
+    ), options
 
 
 def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:

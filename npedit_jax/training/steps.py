@@ -16,6 +16,7 @@ from npedit_jax.models import lora
 from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow
 from npedit_jax.pixels import to_pixels
+from npedit_jax.sampling import encode_image, encode_text
 from npedit_jax.training import state as states
 
 Params = Any
@@ -129,20 +130,10 @@ def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, *
 
     def loss(params, frozen, batch, rng):
         networks = {**frozen, **params}
-        latents = modules["autoencoder"].apply(
-            {"params": networks["autoencoder"]}, to_pixels(batch["image"]), method="encode"
-        )
-        text = modules["text_encoder"].apply(
-            {"params": networks["text_encoder"]}, batch["caption_ids"], batch["caption_mask"]
-        )
-        losses = flow_loss(
-            modules["denoiser"],
-            {"params": networks["denoiser"]},
-            latents,
-            (text, batch["caption_mask"]),
-            rng,
-            **flow_settings,
-        )
+        _, latents = encode_image(modules, networks, batch["image"])
+        text = encode_text(modules, networks, batch["caption_ids"], batch["caption_mask"])
+        variables = {"params": networks["denoiser"]}
+        losses = flow_loss(modules["denoiser"], variables, latents, text, rng, **flow_settings)
         total = average(losses, batch["weight"])
         return total, {"loss": total}
 
@@ -176,18 +167,14 @@ def student_flow_step(
     """
 
     def loss(params, frozen, batch, rng):
-        variables = {"params": frozen["autoencoder"]}
-        encode = lambda name: modules["autoencoder"].apply(variables, to_pixels(batch[name]), method="encode")  # noqa: E731
-        reference = encode("reference")
-        latents = reference if target == "reference" else encode(target)
-        hidden = modules["text_encoder"].apply(
-            {"params": frozen["text_encoder"]}, batch[f"{text}_ids"], batch[f"{text}_mask"]
-        )
+        _, reference = encode_image(modules, frozen, batch["reference"])
+        latents = reference if target == "reference" else encode_image(modules, frozen, batch[target])[1]
+        told = encode_text(modules, frozen, batch[f"{text}_ids"], batch[f"{text}_mask"])
         losses = flow_loss(
             modules["student"],
             adapted.variables(frozen, params["student"]) if adapted else {"params": params["student"]},
             latents,
-            (hidden, batch[f"{text}_mask"]),
+            told,
             rng,
             reference=reference,
             **flow_settings,

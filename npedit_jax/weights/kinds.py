@@ -75,8 +75,7 @@ def example_inputs(kind: str, module: nn.Module) -> tuple[jax.ShapeDtypeStruct, 
         latents = array(1, module.patch_size, module.patch_size, module.channels)
         return latents, array(1), array(1, 1, module.text_width), array(1, 1, dtype=bool)
     if kind == "autoencoder":
-        side = 2 ** (len(module.block_out_channels) - 1)
-        return (array(1, side, side, module.image_channels),)
+        return (array(1, module.downscale, module.downscale, module.image_channels),)
     if kind == "qwen3":
         return array(1, 1, dtype=jnp.int32), array(1, 1, dtype=bool)
     token_ids, mask, image_index = (array(1, 1, 2, dtype=dtype) for dtype in (jnp.int32, bool, jnp.int32))

@@ -33,10 +33,10 @@ class Training:
 
     def __init__(self, workdir: pathlib.Path, *arguments: str, before: Callable[[], Any] | None = None):
         self.log = pathlib.Path(_scratch()) / f"{time.monotonic_ns()}.log"
-        if not any(argument.startswith("--config=") for argument in arguments):
+        if not any(argument.split("=")[0] == "--config" for argument in arguments):
             arguments = (f"--config={CONFIG}", *arguments)
         words = ["train", f"--workdir={workdir}", *arguments]
-        self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), _scratch(), before))
+        self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), before))
         self.process.start()
 
     def wait(self, seconds: float = 120.0) -> int:
@@ -64,13 +64,13 @@ class Training:
 
 @functools.cache
 def _scratch() -> str:
-    """A folder for output and compiled programs, removed when the tests end."""
+    """A folder for output, removed when the tests end."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _train(words: list[str], log: str, cache: str, before: Callable[[], Any] | None) -> None:
+def _train(words: list[str], log: str, before: Callable[[], Any] | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -81,8 +81,6 @@ def _train(words: list[str], log: str, cache: str, before: Callable[[], Any] | N
     from npedit_jax import train
 
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if before:
         before()
     sys.exit(train.main(words))

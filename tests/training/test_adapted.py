@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from npedit_jax.models import lora
 from npedit_jax.training import edit_losses, loop, networks, previews, stages, workdirs
 from npedit_jax.weights import adapters
+from tests.training.tiny import LOG, READING, RUN
 from tests.training.tiny_networks import DENOISER, LANGUAGE, SPECS, batches, parts
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "A" / "transformer"
@@ -40,6 +41,7 @@ def config(**lora_settings) -> ConfigDict:
             lora=dict(rank=2, alpha=4.0, targets=TARGETS, base=dict(student="base"), start=dict(student=""))
             | lora_settings,
             data=dict(
+                reading=READING,
                 text_tokenizer="package:pretrained/easyvqa/text_encoder",
                 text_length=16,
                 options=dict(caption_dropout=0.1, fraction=0.01),
@@ -47,10 +49,10 @@ def config(**lora_settings) -> ConfigDict:
             step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
             optimizer=dict(student=adam),
             sampling=dict(times=(1.0, 0.5), sampler="fresh", eta=1.0),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every=2, keep=1),
-            log=dict(every=1, preview_every=2),
+            log=LOG | dict(preview_every=2),
         )
+        | RUN
     )
 
 

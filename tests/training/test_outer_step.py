@@ -81,15 +81,36 @@ def test_both_lengths_are_drawn():
     assert lengths == {1, 2}
 
 
-@pytest.mark.parametrize("place", [0, INNER - 1])
-def test_a_batch_that_is_not_a_number_is_skipped_and_counted(place):
+def spoil_batch(field, place, batch, frozen):
+    batch[field][place] = np.nan
+    return batch, frozen
+
+
+def spoil_network(name, batch, frozen):
+    return batch, frozen | {name: jax.tree.map(lambda x: x * jnp.float32(jnp.nan), frozen[name])}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "skipped"),
+    [
+        (functools.partial(spoil_batch, "weight", 0), {"fake_score": 1, "student": 0}),
+        (functools.partial(spoil_batch, "guidance", INNER - 1), {"fake_score": 0, "student": 1}),
+        (functools.partial(spoil_network, "scorer"), {"fake_score": 0, "student": 1}),
+        (functools.partial(spoil_network, "text_encoder"), {"fake_score": INNER - 1, "student": 1}),
+    ],
+    ids=["first batch", "last batch", "logits", "everything"],
+)
+def test_step_with_nan_changes_nothing_and_is_counted(spoil, skipped):
     step, start, frozen = stepper()
-    bad = batches()
-    bad["guidance" if place else "weight"][place] = np.nan
-    end, _ = step(start, frozen, bad, jax.random.key(0))
-    name = "student" if place else "fake_score"
-    assert int(end.skipped[name]) == 1
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(end.params))
+    batch, spoiled = spoil(batches(), frozen)
+    end, metrics = step(start, spoiled, batch, jax.random.key(0))
+    for name, count in skipped.items():
+        moved = any(change(start.params[name], end.params[name]).values())
+        assert moved == (count < {"fake_score": INNER - 1, "student": 1}[name])
+        assert int(end.skipped[name]) == int(metrics[f"skipped/{name}"]) == count
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((end.params, end.ema)))
+    after, metrics = step(end, frozen, batches(), jax.random.key(1))
+    assert int(after.step) == 2 and np.isfinite(metrics["loss"])
 
 
 def copy(tree):
@@ -126,6 +147,29 @@ def test_separate_steps_are_the_one_program_over_five_steps():
         lengths.add(int(found["unroll"]))
     assert lengths == {1, 2}
     assert int(found_state.step) == 5
+
+
+@pytest.mark.parametrize(("seed", "length"), [(0, 2), (3, 1)])
+def test_separate_steps_run_the_programs_of_the_drawn_length(seed, length):
+    parts_ = edit_step.parts(make_updates()[0])
+    assert {name: part.keywords["two_steps"] for name, part in parts_.items()} == {
+        "fake_score/1": False,
+        "fake_score/2": True,
+        "student/1": False,
+        "student/2": True,
+    }
+    called = []
+
+    def stand_in(name, state, frozen, batch, rng):
+        called.append((name, batch["guidance"].tolist(), jax.random.key_data(rng).tolist()))
+        return state, {}
+
+    programs = {name: functools.partial(stand_in, name) for name in parts_}
+    given = batches() | {"guidance": np.arange(2.0 * INNER).reshape(INNER, 2)}
+    edit_step.separate_steps(programs, SETTINGS)(None, None, given, jax.random.key(seed))
+    names, guidance, keys = zip(*called, strict=True)
+    assert names == (f"fake_score/{length}",) * (INNER - 1) + (f"student/{length}",)
+    assert guidance == tuple(given["guidance"].tolist()) and len({tuple(key) for key in keys}) == INNER
 
 
 def test_decoupled_dmd_with_one_time_and_noise_is_the_usual():

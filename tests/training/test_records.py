@@ -13,6 +13,7 @@ from npedit_jax.data.batches import Reading, TooManyBadRecords
 from npedit_jax.training import loop, networks, stages, steps, telemetry, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 from tests.data import record_sets
+from tests.training.tiny import LOG, RUN
 from tests.training.tiny_networks import DENOISER, LANGUAGE, SPECS
 
 
@@ -50,14 +51,15 @@ def config(directory, **reading) -> ConfigDict:
                 reading=dict(workers=0, threads=1, buffer=2, max_bad_share=0.1) | reading,
                 text_tokenizer=str(record_sets.GOLDEN),
                 text_length=record_sets.TEXT_LENGTH,
-                options=dict(caption_dropout=0.1, flip=0.5),
+                options=dict(caption_dropout=0.1, fraction=1.0, flip=0.5),
             ),
             step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
             optimizer=dict(student=adam),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
+            sampling=dict(times=(1.0, 0.5), sampler="fresh", eta=1.0),
             checkpoint=dict(every=3, keep=2),
-            log=dict(every=1, preview_every=100),
+            log=LOG | dict(preview_every=100),
         )
+        | RUN
     )
 
 

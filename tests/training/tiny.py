@@ -13,6 +13,14 @@ AUTOENCODER = dict(
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
+# What all the tests' runs have in common.
+READING = dict(workers=0, threads=1, buffer=4, max_bad_share=0.01)
+RUN = dict(
+    mesh=dict(data=-1, fsdp=1, tensor=1),
+    offload=(),
+    guard=dict(skipped_share=0.2, window=100, data_seconds=600.0),
+)
+LOG = dict(every=1, wandb_project="", profile_steps=())
 
 
 def autoencoder_config(steps: int = 6) -> ConfigDict:
@@ -36,12 +44,11 @@ def autoencoder_config(steps: int = 6) -> ConfigDict:
             batch_size=2,
             cpu_devices=1,
             networks=dict(autoencoder=network),
-            data=dict(options=dict(plain_share=0.1, redraw=0.5)),
+            data=dict(reading=READING, options=dict(fraction=1.0, plain_share=0.1, redraw=0.5)),
             step=dict(ema=0.9, skip_norm=100.0, kl_weight=1e-4),
             optimizer=dict(autoencoder=adam),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every=2, keep=2),
-            guard=dict(skipped_share=0.2, window=100, data_seconds=600.0),
-            log=dict(every=1, preview_every=3),
+            log=LOG | dict(preview_every=3),
         )
+        | RUN
     )
