@@ -205,7 +205,7 @@ def test_dmd_equals_the_release(name):
     found = load_file(GOLDEN / "F" / "golden.safetensors")
     modules, params = networks()
     tensor = lambda key: channels_last(found[f"{name}.{key}"])  # noqa: E731
-    mask = lambda kind: jnp.arange(found[f"{name}.{kind}_txt"].shape[1]) < found[f"{name}.{kind}_lens"][:, None]  # noqa: E731
+    mask = lambda kind: np.arange(found[f"{name}.{kind}_txt"].shape[1])[None] < found[f"{name}.{kind}_lens"][:, None]  # noqa: E731
     caption = (jnp.asarray(found[f"{name}.orig_txt"]), mask("orig"))
     negative = (jnp.asarray(found[f"{name}.uncond_txt"]), mask("uncond"))
     length = max(x[0].shape[1] for x in (caption, negative))
