@@ -22,6 +22,7 @@ INTERNVL3_14B = Decoder(
 )
 IMAGE_TOKENS = 256
 LONGEST = 2048  # tokens, more than any prompt has
+QUESTION_LENGTH, PACKED_LENGTH = 768, 1024  # of a row, in configs/zimage/npedit.py
 INSTRUCTION = "replace the small wooden chair next to the window with a dark green armchair of about the same size"
 OBJECT = "the small wooden chair next to the window"
 
@@ -79,7 +80,7 @@ def rows_of(edit_type: str) -> tuple[list[int], list[int]]:
 
 
 def layouts() -> dict[str, Mapping[str, Sequence[int]]]:
-    """Rows per sample by layout and edit type; static shapes give every sample the rows of the longest."""
+    """Rows per sample by layout and edit type: as long as the config says, as the longest of all, as they need."""
     found = {edit_type: rows_of(edit_type) for edit_type in ("remove", "replace")}
     exact = {
         name: {edit_type: rows[number] for edit_type, rows in found.items()}
@@ -89,7 +90,9 @@ def layouts() -> dict[str, Mapping[str, Sequence[int]]]:
         f"{name}, padded": dict.fromkeys(rows, [max(itertools.chain(*rows.values()))] * len(rows["remove"]))
         for name, rows in exact.items()
     }
-    return padded | {f"{name}, no padding": rows for name, rows in exact.items()}
+    rows_of_config = {"unpacked": [QUESTION_LENGTH] * 2, "packed": [PACKED_LENGTH]}
+    config = {f"{name}, config": dict.fromkeys(found, rows) for name, rows in rows_of_config.items()}
+    return config | padded | {f"{name}, no padding": rows for name, rows in exact.items()}
 
 
 def main() -> None:
@@ -106,7 +109,7 @@ def main() -> None:
         tokens, forward, both = cost[name]
         by_type = ", ".join(f"{edit_type} {'+'.join(map(str, lengths))}" for edit_type, lengths in rows.items())
         print(f"{name:22s} {tokens:7.1f} tokens ({by_type}) {forward / 1e12:6.2f} {both / 1e12:6.2f}")
-    for kind in ("padded", "no padding"):
+    for kind in ("config", "padded", "no padding"):
         tokens, forward, both = 100 * (1 - cost[f"packed, {kind}"] / cost[f"unpacked, {kind}"])
         print(f"packing saves, {kind}: tokens {tokens:.1f} %, forward {forward:.1f} %, with backward {both:.1f} %")
 

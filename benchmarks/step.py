@@ -2,8 +2,9 @@
 
 The student's loss and the fake score's, forward and backward, for both lengths of the unroll: compiled, warm, float32,
 batch 1, random weights. Encoding the reference, the text encoder and the optimizer are left out. Prints, per program,
-seconds, FLOPs of its matrix products and convolutions, their share of the measured peak of a matrix product, and the
-memory of its temporaries; `--parts` also times the pieces by themselves, `--trace DIR` writes a profile.
+seconds, the FLOPs of matrix products and convolutions that it needs, their share of the measured peak of a matrix
+product, what it executes beyond them (recomputation), and the memory of its temporaries; `--parts` also times the
+pieces by themselves, `--trace DIR` writes a profile.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from npedit_jax import weights
+from npedit_jax import flops, weights
 from npedit_jax.training import edit_losses, networks
 from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws, StudentDraws
 
@@ -190,27 +191,6 @@ def parts(modules: Mapping[str, Any], packed: bool) -> dict[str, tuple[Callable[
     }
 
 
-def flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and convolutions that a program runs, loops counted by their length."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
-        out = [v.aval.shape for v in equation.outvars]
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2.0 * math.prod(out[0]) * math.prod(shapes[0][i] for i in contracted)
-        elif name == "conv_general_dilated":
-            # Zeros between the inputs of a transposed convolution are multiplied like all else.
-            features = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * math.prod(out[0]) * math.prod(shapes[1]) / features
-        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr"))
-        bodies = [flops(getattr(x, "jaxpr", x)) for x in inner if hasattr(getattr(x, "jaxpr", x), "eqns")]
-        if bodies:
-            repeated = equation.params.get("length", 1) if name == "scan" else 1
-            total += repeated * (max(bodies) if name == "cond" else sum(bodies))
-    return total
-
-
 def seconds(run: Callable[[], Any], repeats: int) -> float:
     """Median time of a warm call."""
     jax.block_until_ready(run())
@@ -229,17 +209,19 @@ def peak(size: int = 2048, repeats: int = 5) -> float:
     return 2.0 * size**3 / seconds(lambda: product(a), repeats)
 
 
-def measure(name: str, run: Callable[..., Any], params: Any, arguments: tuple, repeats: int, best: float) -> None:
-    """Compiles, times and prints one program."""
-    work = flops(jax.make_jaxpr(run)(params, *arguments).jaxpr)
+def measure(name: str, run: Callable[..., Any], work: float, call: tuple, repeats: int, best: float) -> None:
+    """Compiles, times and prints one program that needs so many FLOPs."""
+    params, *arguments = call
+    executed = flops.useful(run, params, *arguments)
     start = time.perf_counter()
     compiled = jax.jit(run).lower(params, *arguments).compile()
     compile_time = time.perf_counter() - start
     spent = seconds(lambda: compiled(params, *arguments), repeats)
     memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    share, more = work / spent / best, executed / work - 1.0
     print(
-        f"{name:27s} {spent:7.3f} s {work / 1e9:8.1f} GFLOP {work / spent / 1e9:7.1f} GFLOP/s "
-        f"{100 * work / spent / best:5.1f} % of peak {memory:7.0f} MiB temporaries, compiled in {compile_time:.0f} s",
+        f"{name:27s} {spent:7.3f} s {work / 1e9:8.1f} GFLOP {work / spent / 1e9:7.1f} GFLOP/s {share:6.1%} of peak "
+        f"{more:+6.1%} executed {memory:7.0f} MiB temporaries, compiled in {compile_time:.0f} s",
         flush=True,
     )
 
@@ -258,14 +240,17 @@ def main() -> None:
     modules, params = build({"remat": arguments.remat, "implementation": arguments.implementation})
     best = peak()
     print(f"{jax.devices()[0].device_kind}, float32, batch 1; matrix products peak at {best / 1e9:.0f} GFLOP/s")
-    chosen = programs(modules, not arguments.unpacked)
-    if arguments.parts:
-        chosen |= parts(modules, not arguments.unpacked)
+    plain = {name: flops.plain(module) for name, module in modules.items()}
+    chosen, needed = (
+        programs(some, not arguments.unpacked) | (parts(some, not arguments.unpacked) if arguments.parts else {})
+        for some in (modules, plain)
+    )
     if arguments.trace:
         jax.profiler.start_trace(arguments.trace)
     for name, (run, rest) in chosen.items():
         if arguments.only in name:
-            measure(name, run, params, rest, arguments.repeats, best)
+            work = flops.useful(needed[name][0], params, *rest)
+            measure(name, run, work, (params, *rest), arguments.repeats, best)
     if arguments.trace:
         jax.profiler.stop_trace()
     print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

@@ -4,6 +4,7 @@ diffusers: every trained network of the run goes to a folder of its own, in the 
 class; with --frozen the editor's other networks too, so that `npedit_jax/pytorch/edit.py` needs nothing else.
 npedit: the student becomes `student.safetensors`, the state dict that the PyTorch release of NP-Edit loads with
 strict=True; with --pt also the `student.pt` that its script opens.
+peft: the student's adapters of a run with LoRA, as PEFT keeps them; the other formats merge them into the weights.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, stages, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.faults import RunFault
-from npedit_jax.weights import release
+from npedit_jax.weights import adapters, release
 from npedit_jax.weights.saving import MAX_SHARD_BYTES, copy_tokenizer
 
 # The folder that each network has in a diffusers pipeline.
@@ -56,6 +57,14 @@ def newest_networks(run: epath.PathLike, *, raw: bool = False) -> tuple[int, dic
       RunFault: none of its checkpoints can be read.
     """
     config = workdirs.read_config(run)
+    step, found = _newest(run, raw)
+    params = stages.whole(config, {name: item.params for name, item in found.items()})
+    return step, {name: networks.Network(item.module, params[name]) for name, item in found.items()}
+
+
+def _newest(run: epath.PathLike, raw: bool) -> tuple[int, dict[str, networks.Network]]:
+    """As `newest_networks`, with adapters left as they are."""
+    config = workdirs.read_config(run)
     checkpoints = Checkpoints(run, every=1, keep=1, read_only=True)
     part = "params" if raw else "ema"
     made = stages.abstract_networks(config, [name for name in config.optimizer if name in FOLDERS])
@@ -64,8 +73,7 @@ def newest_networks(run: epath.PathLike, *, raw: bool = False) -> tuple[int, dic
     checkpoints.close()
     if found is None:
         raise workdirs.WorkdirError(f"{run} has no checkpoint yet; let the run reach its first one")
-    params = stages.whole(config, found[1])
-    return found[0], {name: networks.Network(item.module, params[name]) for name, item in made.items()}
+    return found[0], {name: networks.Network(item.module, found[1][name]) for name, item in made.items()}
 
 
 def export(
@@ -135,6 +143,24 @@ def export_release(
     return [str(file), str(file.with_suffix(".pt"))]
 
 
+def export_adapter(
+    run: epath.PathLike, output: epath.PathLike, *, raw: bool = False, dtype: str | None = None
+) -> list[str]:
+    """Writes the student's adapters as a PEFT directory and returns it; another run can start from it.
+
+    Raises:
+      WorkdirError: as `trained_networks`, or the run trains no adapters of a student.
+      FileExistsError: the directory has content.
+    """
+    config = workdirs.read_config(run)
+    if "student" not in stages.adapted(config):
+        raise workdirs.WorkdirError(f"{run} trains no adapters of a student; give a run with LoRA or another --format")
+    spec, student = config.networks.student, _newest(run, raw)[1]["student"]
+    options = dict(alpha=config.lora.alpha, base=spec.directory, dtype=dtype or "float32")
+    adapters.save(output, spec.kind, student.module, student.params, **options)
+    return [str(epath.Path(output))]
+
+
 def _write_settings(config: ml_collections.ConfigDict, output: epath.Path) -> epath.Path:
     settings = config.sampling.to_dict() | {"text_length": config.data.text_length}
     file = output / "editor.json"
@@ -156,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m npedit_jax.export", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="working directory of a training run")
     parser.add_argument("--output", required=True, help="directory to write into; what goes there must not exist")
-    parser.add_argument("--format", choices=["diffusers", "npedit"], default="diffusers")
+    parser.add_argument("--format", choices=["diffusers", "npedit", "peft"], default="diffusers")
     parser.add_argument("--raw", action="store_true", help="the parameters as trained instead of their average")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
     parser.add_argument("--frozen", action="store_true", help="diffusers: the frozen networks of an editor too")
@@ -171,7 +197,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
     chosen = {"raw": arguments.raw, "dtype": arguments.dtype}
     try:
-        if arguments.format == "npedit":
+        if arguments.format == "peft":
+            written = export_adapter(arguments.checkpoint, arguments.output, **chosen)
+        elif arguments.format == "npedit":
             written = export_release(arguments.checkpoint, arguments.output, pickle=arguments.pt, **chosen)
         else:
             written = export(arguments.checkpoint, arguments.output, frozen=arguments.frozen, **chosen)

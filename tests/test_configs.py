@@ -3,11 +3,13 @@
 import functools
 import importlib.util
 import pathlib
+import re
 import sys
 
 import jax
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from npedit_jax.compilation import programs
 from npedit_jax.data import questions
@@ -83,6 +85,15 @@ def test_step_of_a_config_has_shapes(path):
     config = _load(path)
     if not all(_known(spec) for spec in config.networks.values()):
         pytest.skip("its weights are not there yet")
+    start, frozen = _assert_step_has_shapes(config)
+    for name, item in stages.adapted(config).items():
+        sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (start.params[name], frozen[item.base])]
+        assert sizes[0] <= 0.05 * sizes[1]
+        assert {str(x.dtype) for x in jax.tree.leaves(frozen[item.base])} <= {"bfloat16", "float32"}
+
+
+def _assert_step_has_shapes(config: ConfigDict) -> tuple[state.TrainState, dict]:
+    """Traces the step; returns the state that it starts from and the frozen parameters, shapes all."""
     made = stages.abstract_networks(config)
     rules = stages.rules(config)
     averaged = ("student",)
@@ -91,17 +102,13 @@ def test_step_of_a_config_has_shapes(path):
     )
     frozen = {name: network.params for name, network in made.items() if name not in rules}
     sides = config.data.buckets if "buckets" in config.data else [(64, 64)]
-    config.batch_size = 2
+    with config.unlocked():
+        config.batch_size = 2
     step = stages.step(config, {name: network.module for name, network in made.items()})
     end, metrics = jax.eval_shape(step, start, frozen, programs.batch_shapes(config, sides[-1]), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), end) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
     assert {"loss"} <= metrics.keys() and all(x.shape == () for x in metrics.values())
-    trained = sum(x.size for x in jax.tree.leaves(start.params["student"]))
-    if path.stem.endswith("_lora"):
-        whole = sum(x.size for x in jax.tree.leaves(made[stages.adapted(config)["student"].base].params))
-        assert trained <= 0.05 * whole
-    for name in stages.adapted(config).values():
-        assert {str(x.dtype) for x in jax.tree.leaves(frozen[name.base])} <= {"bfloat16", "float32"}
+    return start, frozen
 
 
 @pytest.mark.parametrize("path", [path for path in EDITS if path.parent.name == "zimage"], ids=name_of)
@@ -123,3 +130,41 @@ def test_full_size_configs_are_of_the_sizes_of_the_originals(path):
         tasks = config.data.tasks if "tasks" in config.data else {"": config.data}
         assert all(task.templates in questions.TEMPLATES for task in tasks.values())
         assert set(tasks) - {""} <= set(questions.TASK_PREFIXES)
+
+
+ABLATED = CONFIGS / "zimage" / "npedit.py"
+ABLATIONS = re.findall(r"^  (\S.*?) +(--config\..*)$", ABLATED.read_text(), re.MULTILINE)
+# Of these the others are a repetition: a smaller scorer, fewer images.
+QUICK = ("scorer of 1 B", "all tokens in the loss", "no DMD")
+
+
+def _with_options(path: pathlib.Path, options: str) -> ConfigDict:
+    """The config as the trainer gets it from its command line."""
+    values, words = flags.FlagValues(), ["train", f"--config={path}", *options.split()]
+    config = config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True, sys_argv=words)
+    values(words)
+    return config.value
+
+
+def test_ablations_are_those_of_the_paper():
+    names = {name for name, _ in ABLATIONS}
+    assert {f"scorer of {size} B" for size in (1, 2, 8)} <= names and set(QUICK) <= names
+    size = {}
+    for name, options in ABLATIONS:
+        config = _with_options(ABLATED, options)
+        assert config.to_dict() != _load(ABLATED).to_dict(), name
+        scorer = stages.abstract_networks(config, ["scorer"])["scorer"].params
+        size[name] = sum(x.size for x in jax.tree.leaves(scorer["language"]))
+        if name.startswith("scorer"):
+            assert config.data.scorer_tokenizer == config.networks.scorer.directory
+    assert size["scorer of 1 B"] < size["scorer of 2 B"] < size["scorer of 8 B"] < size["no DMD"] == 14_766_040_064
+    with pytest.raises(AttributeError):
+        _with_options(ABLATED, "--config.step.no_such_field=1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, id=n, marks=[] if n in QUICK else [pytest.mark.slow]) for n, o in ABLATIONS],
+)
+def test_step_of_an_ablation_has_shapes(options):
+    _assert_step_has_shapes(_with_options(ABLATED, options))

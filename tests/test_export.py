@@ -13,9 +13,10 @@ import safetensors.numpy
 from npedit_jax import export, weights
 from npedit_jax.data import easyvqa
 from npedit_jax.pixels import to_pixels
-from npedit_jax.training import loop, stages, workdirs
-from tests.tiny_editor import write_run
+from npedit_jax.training import loop, networks, stages, workdirs
+from tests.tiny_editor import noise, write_run
 from tests.training.tiny import autoencoder_config
+from tests.training.tiny_networks import lora_config
 
 TOKENIZER = pathlib.Path(__file__).parent / "golden" / "tokenizer"
 SAMPLING = dict(times=[1.0, 0.9474, 0.8571, 0.6667], sampler="ddim", eta=1.0)
@@ -107,12 +108,88 @@ def test_state_dict_of_the_release(editor_run, tmp_path, capsys, options, factor
         export.main(command)
 
 
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A run of the warm-up with adapters, through the loop, its config and its end."""
+    root = tmp_path_factory.mktemp("lora")
+    config = lora_config()
+    architecture = config.networks.base.architecture.to_dict()
+    del architecture["npedit"]  # the release knows none of its options
+    module = weights.build("zimage", architecture)
+    weights.save("zimage", module, noise(networks.shapes("zimage", module)), root / "base")
+    for name in ("base", "student"):
+        config.networks[name] = dict(kind="zimage", directory=str(root / "base"), architecture={}, options={})
+    workdirs.open_run(root / "run", config)
+    return root / "run", config, loop.run(config, stages.build(config), root / "run")
+
+
+def exported(run, output, *options):
+    export.main(["--checkpoint", str(run), "--output", str(output), *options])
+    return output
+
+
+def test_adapters_of_a_run_are_pefts_and_a_start_for_another(lora_run, tmp_path):
+    run, config, end = lora_run
+    folder = exported(run, tmp_path / "adapter", "--format", "peft")
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    told = json.loads((folder / "adapter_config.json").read_text())
+    assert (told["peft_type"], told["r"], told["lora_alpha"], told["bias"]) == ("LORA", 2, 4, "none")
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    linear = {"to_q", "to_k", "to_v", "to_out.0"}, {"w1", "w2", "w3"}
+    layers = [f"attention.{name}" for name in linear[0]] + [f"feed_forward.{name}" for name in linear[1]]
+    layers = [f"layers.0.{name}" for name in [*layers, "adaLN_modulation.0"]]
+    assert told["target_modules"] == sorted(layers)
+    pairs = {f"base_model.model.{name}.lora_{part}.weight" for name in layers for part in "AB"}
+    assert tensors.keys() == pairs and all(np.abs(value).max() > 0 for value in tensors.values())
+    config = config.copy_and_resolve_references()
+    config.lora.start.student = str(folder)
+    again = stages.build(config).networks["student"].params
+    jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(end.ema["student"]))
+    with pytest.raises(SystemExit, match="export: .*adapter is not empty"):
+        exported(run, folder, "--format", "peft")
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_merged_weights_of_a_run_with_adapters_are_base_and_adapter(lora_run, tmp_path, raw):
+    run, config, _ = lora_run
+    pairs = safetensors.numpy.load_file(
+        exported(run, tmp_path / "adapter", "--format", "peft", *raw) / "adapter_model.safetensors"
+    )
+    expected = safetensors.numpy.load_file(f"{config.networks.base.directory}/diffusion_pytorch_model.safetensors")
+    for name in sorted({name.rpartition(".lora_")[0] for name in pairs}):
+        a, b = (pairs[f"{name}.lora_{part}.weight"] for part in "AB")
+        expected[f"{name.removeprefix('base_model.model.')}.weight"] += 2.0 * b @ a
+    folder = exported(run, tmp_path / "whole", *raw) / "transformer"
+    model = diffusers.ZImageTransformer2DModel.from_pretrained(folder)
+    assert model.state_dict().keys() == expected.keys()
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(value.numpy(), expected[name], atol=1e-6, err_msg=name)
+    release = exported(run, tmp_path / "release", "--format", "npedit", *raw) / "student.safetensors"
+    for name, value in safetensors.numpy.load_file(release).items():
+        np.testing.assert_array_equal(value, model.state_dict()[name.removeprefix("transformer.")].numpy())
+
+
+def test_peft_lays_the_adapter_on_the_original(lora_run, tmp_path):
+    peft = pytest.importorskip("peft", reason="an optional reader; the layout is tested without")
+    run, config, _ = lora_run
+    folder = exported(run, tmp_path / "adapter", "--format", "peft")
+    base = diffusers.ZImageTransformer2DModel.from_pretrained(config.networks.base.directory)
+    model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+    expected = safetensors.numpy.load_file(
+        exported(run, tmp_path / "whole") / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(value.numpy(), expected[name], atol=1e-6, err_msg=name)
+
+
 def test_refusals_are_one_line(run, editor_run, tmp_path, monkeypatch, capsys):
     output = ["--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="export: .* trains no student"):
         export.main(["--checkpoint", str(run[0]), *output, "--format", "npedit"])
     with pytest.raises(SystemExit, match="export: .* is no run"):
         export.main(["--checkpoint", str(tmp_path), *output])
+    with pytest.raises(SystemExit, match="export: .* trains no adapters"):
+        export.main(["--checkpoint", str(editor_run), *output, "--format", "peft"])
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="export: --pt needs PyTorch"):
         export.main(["--checkpoint", str(editor_run), *output, "--format", "npedit", "--pt"])

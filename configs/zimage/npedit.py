@@ -5,15 +5,20 @@ Pod: python -m npedit_jax.train --config configs/zimage/npedit.py --workdir gs:/
 The weights are those of Hugging Face (Tongyi-MAI/Z-Image, OpenGVLab/InternVL3-14B) under weights/, and the student
 that configs/zimage/warmup.py came to, taken out of its run by npedit_jax.export.
 
-Ablations, each one more option:
-  another scorer        --config.networks.scorer.directory=weights/InternVL3-8B   (or -1B, -2B), and scorer_tokenizer
-  part of the images    --config.data.options.fraction=0.01
-  the loss's form       --config.step.scorer_form=vocabulary
-  no identity question  --config.data.options.question_weights=(1.0,0.0)
-  no scorer, no DMD     --config.step.scorer_weight=0.0    --config.step.dmd_weight=0.0 --config.fake_updates=0
-  one step unrolled     --config.step.max_unroll=1
-  decoupled DMD         --config.step.decoupled=True
-  one program of all    --config.separate_steps=False
+Ablations, each the command above with one more line; the scorer is of 14 B without:
+  scorer of 1 B           --config.networks.scorer.directory=weights/InternVL3-1B
+  scorer of 2 B           --config.networks.scorer.directory=weights/InternVL3-2B
+  scorer of 8 B           --config.networks.scorer.directory=weights/InternVL3-8B
+  1 % of the images       --config.data.options.fraction=0.01
+  10 % of the images      --config.data.options.fraction=0.1
+  all tokens in the loss  --config.step.scorer_form=vocabulary
+  no temperature          --config.step.temperature_start=1.0
+  no identity question    --config.data.options.question_weights=(1.0,0.0)
+  no scorer               --config.step.scorer_weight=0.0
+  no DMD                  --config.step.dmd_weight=0.0 --config.fake_updates=0
+  one step unrolled       --config.step.max_unroll=1
+  decoupled DMD           --config.step.decoupled=True
+  one program of all      --config.separate_steps=False
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +41,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "npedit"
     config.seed = 0
-    config.steps = 10_000  # a budget of ours: neither source states one that applies to another batch size
+    config.steps = 10_000  # a budget of ours for this batch size; the release: 14,000
     config.batch_size = 64  # over all chips, one each on a v5p:4x4x4; the release: 1 per device
     config.fake_updates = 5  # per student update, the release's; the paper: 10
     config.separate_steps = True  # a program per update and length: each compiles in minutes and needs less memory
@@ -52,6 +57,7 @@ def get_config() -> ConfigDict:
     config.networks.student = network("zimage", "weights/warmed-up/Z-Image/transformer", **trained)
     config.networks.scorer = frozen("internvl", "weights/InternVL3-14B", remat="full")
     config.data = data()
+    config.data.scorer_tokenizer = config.networks.scorer.get_ref("directory")  # follows what the command line says
     config.step = ConfigDict(
         dict(
             times=TIMES,
@@ -63,7 +69,7 @@ def get_config() -> ConfigDict:
             dmd_low=0.02,
             dmd_high=0.98,
             time_shift=1.0,
-            decoupled=False,
+            decoupled=False,  # the release has hooks for it, and this and the next five numbers are ours
             matching_weight=1.0,
             guidance_weight=1.0,
             guidance_low=0.02,
@@ -73,10 +79,11 @@ def get_config() -> ConfigDict:
             temperature_start=0.1,
             temperature_end=1.0,
             temperature_steps=2000,
-            scorer_clip=False,
+            scorer_clip=False,  # options of ours that are off, this and the next
             scorer_noise=0.0,
             ema=0.999,  # the release configures it and keeps none
             skip_norm=300.0,
+            accumulate=1,  # parts of a batch, one after the other: a larger batch in the same memory
         )
     )
     adam = dict(
@@ -93,7 +100,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(times=TIMES, sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # docs/pods.md: which sizes for which pod
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
-    config.checkpoint = ConfigDict(dict(every=250, keep=3))
+    config.checkpoint = ConfigDict(dict(every=250, keep=3))  # the release: every 1,000 steps
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
     config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))
@@ -110,7 +117,7 @@ def data() -> ConfigDict:
             reading=READING,
             text_tokenizer="weights/Z-Image/tokenizer",
             text_length=512,
-            scorer_tokenizer="weights/InternVL3-14B",
+            scorer_tokenizer="",
             question_length=768,  # 256 per image, and room for an instruction of some 150
             templates="editing",
             options=dict(

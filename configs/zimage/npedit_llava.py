@@ -15,8 +15,9 @@ def get_config() -> ConfigDict:
     """Returns the experiment."""
     config = npedit.get_config()
     config.networks.scorer = npedit.frozen("llava_onevision", LLAVA, remat="full")
-    config.data.scorer_tokenizer = LLAVA
-    # 730 tokens per image: an image is seen whole, at 384 x 384, without the further tiles that the original cuts.
+    config.data.scorer_tokenizer = config.networks.scorer.get_ref("directory")
+    # 730 tokens per image: an image is seen whole, stretched to 384 x 384 as the release does for its own scorer.
+    # transformers' processor pads it to a square instead where there are several, and adds tiles where it is alone.
     config.data.question_length = 1792
     config.data.options.packed_length = 2560  # "remove" shows three images
     return config

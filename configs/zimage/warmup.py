@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "warmup"
     config.seed = 0
-    config.steps = 5000
-    config.batch_size = 64  # over all chips; the release: 1 per device
+    config.steps = 5000  # the release's, as all that says nothing else
+    config.batch_size = 64  # over all chips; the release: 2 per device
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
@@ -39,9 +39,10 @@ def get_config() -> ConfigDict:
             ema=0.999,  # the release keeps none
             skip_norm=100.0,
             skip_from=1000,
+            accumulate=1,  # parts of a batch, one after the other: a larger batch in the same memory
             time_shift=6.0,
             weighting="logit_normal",
-            endpoint=0.0,
+            endpoint=0.0,  # an option of ours that is off
         )
     )
     adam = dict(
@@ -51,14 +52,14 @@ def get_config() -> ConfigDict:
         warmup_steps=1000,
         b1=0.9,
         b2=0.99,
-        weight_decay=0.01,
-        clip_norm=2.0,
+        weight_decay=0.01,  # of matrices, not of norms and biases
+        clip_norm=2.0,  # the release's, as in the edit stage; skip_norm goes by the norm before the clip
     )
     config.optimizer = ConfigDict(dict(student=adam))
     config.sampling = ConfigDict(dict(times=npedit.TIMES, sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
-    config.checkpoint = ConfigDict(dict(every=250, keep=3))
+    config.checkpoint = ConfigDict(dict(every=250, keep=3))  # the release: every 500 steps
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
     config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))

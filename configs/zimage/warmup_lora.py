@@ -2,13 +2,16 @@
 
 Pod: python -m npedit_jax.train --config configs/zimage/warmup_lora.py --workdir gs://BUCKET/warmup-lora \
     --config.data.records=gs://BUCKET/records/edits
+Then, for configs/zimage/npedit_lora.py:
+python -m npedit_jax.export --checkpoint gs://BUCKET/warmup-lora --output weights/warmed-up-lora --format peft
 """
 
 from ml_collections import ConfigDict
 
 from configs.zimage import npedit, warmup
 
-# The release lists LoRA as not done, so these numbers are ours. Every matrix of every block but the modulation.
+# The release lists LoRA as not done, so these numbers are ours; the rest (the clip at a norm of 2 among it) is
+# that of the full run. Every matrix of every block but the modulation.
 LORA = dict(rank=64, alpha=64.0, targets=("*/attention/*", "*/mlp/*"))
 LEARNING_RATE = 1e-4  # five times the full run's: adapters start at zero and are scaled by alpha / rank
 

@@ -69,7 +69,8 @@ CHATS = {
         images_end="",
         suffix=f"{CHAT_END}\n{CHAT_START}assistant\n",
     ),
-    # The chat template that transformers' checkpoints of LLaVA-OneVision come with: all images, then the text.
+    # The chat template of the llava-hf checkpoints, which transformers' tests of `LlavaOnevisionProcessor` repeat: a
+    # space after the user's name, all images, a new line, the text, and no new line between the turns.
     "llava_onevision": Chat(
         image_token="<image>",
         start=f"{CHAT_START}user ",

@@ -127,6 +127,8 @@ class Scorer(nn.Module):
       pixel_mean: of each colour in [0, 1], taken off in image preparation.
       pixel_deviation: standard deviation of each colour, divided by in image preparation.
       names: whose tensor names the weights have on disk, for families with two ("chat" or "native" InternVL).
+      image_token_id: token id of the placeholder, where config.json has a field for it: other readers find the images
+        by it, this one by `image_index`.
     """
 
     vision: VisionTransformer
@@ -136,6 +138,7 @@ class Scorer(nn.Module):
     pixel_mean: tuple[float, ...] = image_preparation.IMAGENET[0]
     pixel_deviation: tuple[float, ...] = image_preparation.IMAGENET[1]
     names: str = "chat"
+    image_token_id: int | None = None
 
     @property
     def image_tokens(self) -> int:

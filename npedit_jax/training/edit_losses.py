@@ -53,6 +53,7 @@ class EditSettings:
     scorer_noise: float = 0.0  # standard deviation of the noise on the pixels that the scorer sees, in [-1, 1] units
     ema: float = 0.999
     skip_norm: float = 300.0
+    accumulate: int = 1  # parts of a batch whose gradients are taken one after the other, in the memory of one
     frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
 
     @property
@@ -79,6 +80,9 @@ class LossDraws(NamedTuple):
     guidance_noise: jax.Array | None = None  # [B, H, W, C]
 
 
+Draws = tuple[StudentDraws, LossDraws]
+
+
 class Conditions(NamedTuple):
     """What the networks are given beside the latents, none of it with a gradient."""
 
@@ -97,9 +101,7 @@ def draw_student(rng: jax.Array, shape: tuple[int, ...], times: tuple[float, ...
     return StudentDraws(jax.random.normal(noise_rng, shape), later[index], jax.random.normal(second_rng, shape))
 
 
-def draw(
-    rng: jax.Array, shape: tuple[int, ...], settings: EditSettings, *, low: float, high: float
-) -> tuple[StudentDraws, LossDraws]:
+def draw(rng: jax.Array, shape: tuple[int, ...], settings: EditSettings, *, low: float, high: float) -> Draws:
     """All draws of one update; the score networks' times are drawn from [low, high), then shifted."""
     student_rng, time_rng, noise_rng, pixel_rng, *guidance_rngs = jax.random.split(rng, 6)
     time = flow.uniform_times(time_rng, shape[0], low, high, settings.time_shift)
@@ -199,7 +201,7 @@ def student_loss(
     modules: Modules,
     batch: Batch,
     given: Conditions,
-    draws: tuple[StudentDraws, LossDraws],
+    draws: Draws,
     step: jax.Array,
     settings: EditSettings,
     *,
@@ -273,7 +275,7 @@ def fake_score_loss(
     modules: Modules,
     batch: Batch,
     given: Conditions,
-    draws: tuple[StudentDraws, LossDraws],
+    draws: Draws,
     *,
     two_steps: bool,
 ) -> jax.Array:

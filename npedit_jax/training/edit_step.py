@@ -10,13 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from npedit_jax import parallel
 from npedit_jax.models import lora
+from npedit_jax.training import accumulation
 from npedit_jax.training import state as states
 from npedit_jax.training.edit_losses import (
     PROBES,
+    Conditions,
+    Draws,
     EditSettings,
     conditions,
     draw,
@@ -53,11 +55,11 @@ class Updates:
         draws = draw(rng, given.reference.shape, self.settings, low=0.0, high=1.0)
 
         def gradient(fake, student, *, two_steps):
-            def loss(fake):
+            def loss(fake, batch, given, draws):
                 networks = (self._variables("fake_score", fake, frozen), self._variables("student", student, frozen))
                 return fake_score_loss(*networks, self.modules, batch, given, draws, two_steps=two_steps)
 
-            return jax.value_and_grad(loss)(fake)
+            return self._mean(lambda *samples: jax.value_and_grad(loss)(fake, *samples), batch, given, draws)
 
         loss, gradients = _by_length(two_steps, gradient, state.params["fake_score"], state.params["student"])
         state, metrics = self._apply(state, "fake_score", gradients)
@@ -71,19 +73,42 @@ class Updates:
         draws = draw(rng, given.reference.shape, self.settings, low=self.settings.dmd_low, high=self.settings.dmd_high)
 
         def gradient(student, fake, *, two_steps):
-            def loss(student, probes):
+            def loss(student, probes, batch, given, draws):
                 networks = (self._variables("student", student, frozen), self._variables("fake_score", fake, frozen))
                 rest = (frozen, self.modules, batch, given, draws, state.step, self.settings)
                 return student_loss(*networks, *rest, two_steps=two_steps, probes=probes)
 
-            probes = {name: jnp.zeros_like(given.reference) for name in PROBES}
-            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(student, probes)
+            def one(*samples):
+                probes = {name: jnp.zeros_like(samples[1].reference) for name in PROBES}
+                of_loss = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+                (_, metrics), (gradients, probes) = of_loss(student, probes, *samples)
+                return metrics, gradients, jax.tree.map(lambda x: jnp.sum(jnp.square(x)), probes)
+
+            return self._mean(one, batch, given, draws)
 
         operands = (state.params["student"], state.params["fake_score"])
-        (_, metrics), (gradients, probes) = _by_length(two_steps, gradient, *operands)
+        metrics, gradients, squares = _by_length(two_steps, gradient, *operands)
         state, update = self._apply(state, "student", gradients)
-        metrics |= update | {f"gradient_at_x0/{name}": optax.global_norm(probes[name]) for name in PROBES}
+        # Over the whole batch a sample counts one part of what it counts in its own.
+        norms = {f"gradient_at_x0/{name}": jnp.sqrt(x / self.settings.accumulate) for name, x in squares.items()}
+        metrics |= update | norms
         return states.finish_step(state, self.settings.ema), metrics | {"unroll": 1 + jnp.asarray(two_steps, jnp.int32)}
+
+    def _mean(self, function: Callable[..., Any], batch: Batch, given: Conditions, draws: Draws) -> Any:
+        """`function(batch, given, draws)`, a mean over samples, taken over parts of the batch as the settings say."""
+        if self.settings.accumulate == 1:
+            return function(batch, given, draws)
+        # What has no axis of samples: the negative prompt is the same for all, and each part has its key.
+        samples = {name: x for name, x in batch.items() if not name.startswith("negative")}
+        student_draws, loss_draws = draws
+        rngs = jax.random.split(loss_draws.pixel_rng, batch["weight"].shape[0])
+
+        def part(samples, given_part, student_draws, loss_draws, rngs):
+            draws = (student_draws, loss_draws._replace(pixel_rng=rngs[0]))
+            return function(samples, given_part._replace(negative=given.negative), draws)
+
+        arguments = (samples, given._replace(negative=()), student_draws, loss_draws._replace(pixel_rng=()), rngs)
+        return accumulation.mean(lambda x: part(*x), arguments, batch["weight"], self.settings.accumulate)
 
     def _variables(self, name: str, params: Params, frozen: Mapping[str, Params]) -> lora.Variables:
         return self.adapted[name].variables(frozen, params) if name in self.adapted else {"params": params}

@@ -8,6 +8,7 @@ import optax
 from optax import contrib
 
 Params = Any
+VECTORS = ("scale", "bias")  # names of parameters that are a vector, or a stack of them
 
 
 class SecondMomentState(NamedTuple):
@@ -53,6 +54,11 @@ def _muon_dimensions(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def _decayed(params: Params) -> Params:
+    """True where weight decay acts: not on vectors (norms, biases), as in the NP-Edit release's `utils/optim.py`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in VECTORS, params)
+
+
 def build(
     name: str,
     *,
@@ -69,6 +75,7 @@ def build(
     Args:
       name: "adam" (AdamW when weight_decay > 0; with b1 = 0 no first moment is stored) or "muon" (Muon on matrices with
         momentum b1, Adam with (b1, b2) on the rest).
+      weight_decay: times the learning rate, what is taken off a parameter; "adam" spares vectors.
       clip_norm: global-norm clip before the optimizer; 0 leaves gradients as they are.
       adam_factor: with "muon", the learning rate of what Adam trains over that of the matrices.
 
@@ -90,7 +97,7 @@ def build(
     if name != "adam":
         raise ValueError(f"unknown optimizer {name!r}; choose 'adam' or 'muon'")
     moments = optax.scale_by_adam(b1, b2, epsilon) if b1 else scale_by_second_moment(b2, epsilon)
-    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    decay = optax.add_decayed_weights(weight_decay, _decayed) if weight_decay else optax.identity()
     return optax.chain(clip, moments, decay, optax.scale_by_learning_rate(learning_rate))
 
 

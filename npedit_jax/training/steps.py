@@ -17,6 +17,7 @@ from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow
 from npedit_jax.pixels import to_pixels
 from npedit_jax.sampling import encode_image, encode_text
+from npedit_jax.training import accumulation
 from npedit_jax.training import state as states
 
 Params = Any
@@ -51,14 +52,25 @@ def _train(
     skip_norm: float,
     skip_from: int = 0,
     frozen_names: tuple[str, ...] = (),
+    accumulate: int = 1,
 ) -> Step:
     """One gradient step on every trained network of a stage: `loss(params, frozen, batch, rng) -> (loss, metrics)`.
 
-    A gradient norm above `skip_norm` is left out from step `skip_from` on; one that is not finite always is.
+    A gradient norm above `skip_norm` is left out from step `skip_from` on; one that is not finite always is. The
+    gradient is taken over `accumulate` parts of the batch, each with a key of its own; a batch cut in parts needs
+    `weight`.
     """
 
     def step(state, frozen, batch, rng):
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
+        def gradient(batch, rng):
+            return jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
+
+        if accumulate == 1:
+            (_, metrics), gradients = gradient(batch, rng)
+        else:
+            samples = (batch, jax.random.split(rng, batch["weight"].shape[0]))
+            part = lambda x: gradient(x[0], x[1][0])  # noqa: E731
+            (_, metrics), gradients = accumulation.mean(part, samples, batch["weight"], accumulate)
         limit = jnp.where(state.step >= skip_from, skip_norm, jnp.inf) if skip_from else skip_norm
         for name, rule in rules.items():
             state, update = states.apply_gradients(
@@ -125,7 +137,9 @@ def flow_loss(
     return flow.velocity_loss(velocity, latents, noise) * flow.LOSS_WEIGHTS[weighting](t)
 
 
-def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, **flow_settings: Any) -> Step:
+def base_step(
+    modules: Modules, rules: Rules, *, ema: float, skip_norm: float, accumulate: int = 1, **flow_settings: Any
+) -> Step:
     """Text to image by flow matching; the text encoder learns with the denoiser where it is among the rules."""
 
     def loss(params, frozen, batch, rng):
@@ -137,7 +151,7 @@ def base_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, *
         total = average(losses, batch["weight"])
         return total, {"loss": total}
 
-    return _train(loss, rules, ema=ema, skip_norm=skip_norm)
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm, accumulate=accumulate)
 
 
 def average(x_B: jax.Array, weight_B: jax.Array) -> jax.Array:
@@ -154,6 +168,7 @@ def student_flow_step(
     ema: float,
     skip_norm: float,
     skip_from: int = 0,
+    accumulate: int = 1,
     adapted: lora.Adapted | None = None,
     **flow_settings: Any,
 ) -> Step:
@@ -163,6 +178,7 @@ def student_flow_step(
       target: the image to come to: "reference" teaches the student to copy (the warm-up), "target" needs pairs.
       text: what the student is told: "caption" or "instruction".
       skip_from: step from which on a gradient norm above `skip_norm` is skipped.
+      accumulate: parts of a batch whose gradients are taken one after the other.
       adapted: where adapters are trained in the place of the student's parameters.
     """
 
@@ -184,7 +200,8 @@ def student_flow_step(
 
     # The pad tokens are the base model's: the student shares them with the score networks.
     pad_tokens = ("x_pad_token", "cap_pad_token")
-    return _train(loss, rules, ema=ema, skip_norm=skip_norm, skip_from=skip_from, frozen_names=pad_tokens)
+    options = dict(skip_from=skip_from, frozen_names=pad_tokens, accumulate=accumulate)
+    return _train(loss, rules, ema=ema, skip_norm=skip_norm, **options)
 
 
 def answer(scorer: nn.Module, params: Params, table_BMD: jax.Array, batch: Batch) -> ScorerOutput:

@@ -1,10 +1,13 @@
-"""Adapters (LoRA) as files: one safetensors file under the names of PEFT, as `load_lora_weights` of diffusers reads it.
+"""Adapters (LoRA) as files: a directory as PEFT keeps it, which `peft.PeftModel.from_pretrained` lays on the original.
 
-A layer's pair is `<prefix>.<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank], one of each for every
-layer of a stack. The scale alpha / rank is multiplied into B, so that a file means the same to every reader: those that
-find no alpha take it to be the rank.
+`adapter_config.json` has the rank, alpha and the names of all adapted layers; `adapter_model.safetensors` has a pair
+for each of them, `base_model.model.<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank], those of a stack
+one by one.
 """
 
+import json
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,83 +19,127 @@ from etils import epath
 
 from npedit_jax.models import lora
 from npedit_jax.weights import kinds
+from npedit_jax.weights.safetensors_io import Planned, write_file
 
-FILE = "pytorch_lora_weights.safetensors"
-PREFIX = "transformer."  # of the denoiser's layers in a diffusers pipeline
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's, of every layer of the model that it wraps
 PAIR = {"a": "lora_A", "b": "lora_B"}
+# Settings of PEFT under which a pair means something else than `x W + alpha / rank (x A) B`.
+PLAIN = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
-def to_peft(
-    kind: str, module: nn.Module, adapters: lora.Adapters, alpha: float, prefix: str = PREFIX
-) -> dict[str, np.ndarray]:
+def to_peft(kind: str, module: nn.Module, adapters: lora.Adapters) -> dict[str, np.ndarray]:
     """Adapters by their PEFT names, float32, one tensor per layer.
 
     Args:
       kind: of the network, a key of `weights.KINDS`.
       module: that the adapters lie on.
-      prefix: of every name; "base_model.model." is PEFT's own.
 
     Raises:
       ValueError: adapters of a layer that the mapping table of the kind does not have.
     """
-    flat = flax.traverse_util.flatten_dict(lora.scaled(adapters, alpha), sep="/")
     names = _layer_names(kind, module)
     tensors = {}
-    for path, leaf in flat.items():
+    for path, leaf in flax.traverse_util.flatten_dict(adapters, sep="/").items():
         layer, _, part = path.rpartition("/")
         if layer not in names:
             raise ValueError(f"adapters of {layer!r} have no name in the table of {kind!r}; it has {sorted(names)}")
         values = np.asarray(leaf, np.float32)
         for name, value in zip(names[layer], values if values.ndim == 3 else values[None], strict=True):
-            tensors[f"{prefix}{name}.{PAIR[part]}.weight"] = np.ascontiguousarray(value.T)
+            tensors[f"{PREFIX}{name}.{PAIR[part]}.weight"] = np.ascontiguousarray(value.T)
     return tensors
 
 
-def save(directory: epath.PathLike, kind: str, module: nn.Module, adapters: lora.Adapters, alpha: float) -> epath.Path:
-    """Writes the adapters to `directory`; returns the file.
+def save(
+    directory: epath.PathLike,
+    kind: str,
+    module: nn.Module,
+    adapters: lora.Adapters,
+    alpha: float,
+    *,
+    base: str = "",
+    dtype: str = "float32",
+) -> None:
+    """Writes the adapters to a new directory, which appears whole or not at all.
+
+    Args:
+      base: where the weights that they lie on come from, for PEFT's record.
+      dtype: to store them in.
 
     Raises:
-      FileExistsError: it is there already.
+      FileExistsError: the directory has content.
+      ValueError: as `to_peft`.
     """
-    file = epath.Path(directory) / FILE
-    if file.exists():
-        raise FileExistsError(f"{file} exists; take another directory")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(safetensors.numpy.save(to_peft(kind, module, adapters, alpha), metadata={"format": "pt"}))
-    return file
+    directory = epath.Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; give a new directory, or delete this one first")
+    stored = jnp.dtype(dtype)
+    tensors = {name: value.astype(stored) for name, value in to_peft(kind, module, adapters).items()}
+    planned = [Planned(name, stored, value.shape) for name, value in tensors.items()]
+    layers = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
+    rank = next(value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight"))
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or None,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": layers,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        write_file(temporary / FILE, planned, iter(tensors.values()))
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if directory.exists():
+            directory.rmdir()
+        temporary.rename(directory)
+    except BaseException:
+        temporary.rmtree(missing_ok=True)
+        raise
 
 
 def load(
-    directory: epath.PathLike, kind: str, module: nn.Module, *, like: lora.Adapters, alpha: float, prefix: str = PREFIX
+    directory: epath.PathLike, kind: str, module: nn.Module, *, like: lora.Adapters, alpha: float
 ) -> lora.Adapters:
-    """Reads adapters into the tree and shapes of `like`, for use with this alpha.
+    """Reads adapters into the tree and shapes of `like`, for use with this alpha, whichever they were saved with.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: tensors that do not match one to one; the message lists them.
+      FileNotFoundError: no such files.
+      ValueError: tensors that do not match one to one, all of which the message lists, or another kind of adapter.
     """
-    file = epath.Path(directory) / FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{directory} holds no adapters: it has no {FILE}")
-    tensors = safetensors.numpy.load(file.read_bytes())
-    expected = {name: value.shape for name, value in to_peft(kind, module, like, alpha, prefix).items()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - expected.keys())]
-    problems += [
-        f"{name} is {tensors[name].shape}, expected {expected[name]}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name]
-    ]
-    if problems:
-        raise ValueError(f"{file} does not fit the adapters of this config:\n  " + "\n  ".join(problems))
+    directory = epath.Path(directory)
+    for name in (CONFIG, FILE):
+        if not (directory / name).exists():
+            raise FileNotFoundError(f"{directory} holds no adapters: it has no {name}")
+    config = json.loads((directory / CONFIG).read_text())
+    if config.get("peft_type") != "LORA" or any(config.get(name) for name in PLAIN):
+        found = {name: config[name] for name in ("peft_type", *PLAIN) if config.get(name)}
+        raise ValueError(f"{directory / CONFIG} is of other adapters than plain LoRA: {found}; train it without these")
+    tensors = safetensors.numpy.load((directory / FILE).read_bytes())
+    _check(directory / FILE, tensors, to_peft(kind, module, like))
     names = _layer_names(kind, module)
     flat = {}
     for path, leaf in flax.traverse_util.flatten_dict(like, sep="/").items():
         layer, _, part = path.rpartition("/")
-        found = [tensors[f"{prefix}{name}.{PAIR[part]}.weight"].T for name in names[layer]]
+        found = [np.float32(tensors[f"{PREFIX}{name}.{PAIR[part]}.weight"]).T for name in names[layer]]
         value = np.stack(found) if leaf.ndim == 3 else found[0]
-        flat[path] = jnp.asarray(value * (leaf.shape[-2] / alpha if part == "b" else 1.0), jnp.float32)
+        rescale = config["lora_alpha"] / config["r"] * leaf.shape[-2] / alpha if part == "b" else 1.0
+        flat[path] = jnp.asarray(value * rescale, jnp.float32)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _check(file: epath.Path, tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) -> None:
+    problems = [f"{name} is missing" for name in sorted(like.keys() - tensors.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - like.keys())]
+    problems += [
+        f"{name} is {tensors[name].shape}, expected {like[name].shape}"
+        for name in sorted(like.keys() & tensors.keys())
+        if tensors[name].shape != like[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{file} does not fit the adapters of this config:\n  " + "\n  ".join(problems))
 
 
 def _layer_names(kind: str, module: nn.Module) -> dict[str, list[str]]:

@@ -88,6 +88,7 @@ def build(config: dict[str, Any], answer_ids: tuple[int, int] | None = None, **o
         language=language,
         answer_ids=tuple(answer_ids) if answer_ids else None,
         names=names,
+        image_token_id=config.get("image_token_id"),
     )
 
 
@@ -123,6 +124,8 @@ def describe(module: Scorer) -> dict[str, Any]:
             "image_seq_length": module.image_tokens,
             "text_config": language,
         }
+        if module.image_token_id is not None:
+            own["image_token_id"] = module.image_token_id
     return config | own | ({"npedit": extra} if extra else {})
 
 

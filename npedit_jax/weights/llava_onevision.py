@@ -60,6 +60,7 @@ def build(config: dict[str, Any], answer_ids: tuple[int, int] | None = None, **o
         pixel_mean=SIGLIP[0],
         pixel_deviation=SIGLIP[1],
         names="native",
+        image_token_id=config.get("image_token_id", config.get("image_token_index")),
     )
 
 
@@ -103,6 +104,8 @@ def describe(module: Scorer) -> dict[str, Any]:
             "layer_norm_eps": vision.epsilon,
         },
     }
+    if module.image_token_id is not None:
+        config["image_token_index"] = module.image_token_id  # the name in published files
     if module.answer_ids is not None:
         config["npedit"] = {"answer_ids": list(module.answer_ids)}
     return config

@@ -7,65 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from npedit_jax.models import lora
 from npedit_jax.training import edit_losses, loop, networks, previews, stages, workdirs
 from npedit_jax.weights import adapters
-from tests.training.tiny import LOG, READING, RUN
-from tests.training.tiny_networks import DENOISER, LANGUAGE, SPECS, batches, parts
+from tests.training.tiny_networks import ADAPTED as TARGETS
+from tests.training.tiny_networks import batches, lora_config, parts
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "A" / "transformer"
-TARGETS = ("layers/*",)
 SETTINGS = edit_losses.EditSettings(times=(1.0, 0.5), scorer_weight=0.5)
 
 
-def config(**lora_settings) -> ConfigDict:
-    """Two steps of the warm-up on real images, with adapters on a network that stays frozen."""
-    language = LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8, vocab_size=64)
-    denoiser = ("zimage", DENOISER | dict(axes_lens=(64, 32, 32)))
-    specs = {"autoencoder": SPECS["autoencoder"], "text_encoder": ("qwen3", language)}
-    specs |= {"base": denoiser, "student": denoiser}
-    adam = dict(name="adam", learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99)
-    return ConfigDict(
-        dict(
-            stage="warmup",
-            seed=0,
-            steps=2,
-            batch_size=2,
-            cpu_devices=1,
-            networks={
-                name: dict(kind=kind, directory="", architecture=networks.plain(architecture), options={})
-                for name, (kind, architecture) in specs.items()
-            },
-            lora=dict(rank=2, alpha=4.0, targets=TARGETS, base=dict(student="base"), start=dict(student=""))
-            | lora_settings,
-            data=dict(
-                reading=READING,
-                text_tokenizer="package:pretrained/easyvqa/text_encoder",
-                text_length=16,
-                options=dict(caption_dropout=0.1, fraction=0.01),
-            ),
-            step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
-            optimizer=dict(student=adam),
-            sampling=dict(times=(1.0, 0.5), sampler="fresh", eta=1.0),
-            checkpoint=dict(every=2, keep=1),
-            log=LOG | dict(preview_every=2),
-        )
-        | RUN
-    )
-
-
 def test_a_run_trains_and_keeps_adapters_only(tmp_path):
-    workdirs.open_run(tmp_path / "run", config())
-    stage = stages.build(config())
+    workdirs.open_run(tmp_path / "run", lora_config())
+    stage = stages.build(lora_config())
     assert stage.networks["student"].params.keys() == {"layers"} and "base" in stage.frozen()
     # A fresh denoiser's gates and last layer are zero, and would pass nothing on to the adapters.
     base = stage.networks["base"]
     noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), base.params)
     stage = dataclasses.replace(stage, networks=stage.networks | {"base": base._replace(params=noisy)})
     start = jax.device_get(stage.networks["student"].params)  # the run takes the arrays over
-    end = loop.run(config(), stage, tmp_path / "run", preview=previews.Previews(config(), tmp_path / "run"))
+    end = loop.run(lora_config(), stage, tmp_path / "run", preview=previews.Previews(lora_config(), tmp_path / "run"))
     shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
     assert shapes(end.params["student"]) == shapes(start) == shapes(end.ema["student"])
     assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, end.params["student"])), strict=True))
@@ -75,31 +37,31 @@ def test_a_run_trains_and_keeps_adapters_only(tmp_path):
 
 
 def test_adapters_of_a_checkpoint_are_merged_into_their_base():
-    networks_of_run = stages.build(config()).networks
+    networks_of_run = stages.build(lora_config()).networks
     trained = jax.tree.map(lambda x: x + 0.1, networks_of_run["student"].params)
-    found = stages.whole(config(), {"student": trained})["student"]
+    found = stages.whole(lora_config(), {"student": trained})["student"]
     expected = lora.merge(networks_of_run["base"].params, trained, 4.0)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_run_starts_from_the_adapters_of_another(tmp_path):
-    settings = config()
+    settings = lora_config()
     stage = stages.build(settings)
     trained = jax.tree.map(lambda x: x + 1.0, stage.networks["student"].params)
-    adapters.save(tmp_path, "zimage", stage.networks["student"].module, trained, settings.lora.alpha)
-    again = stages.build(config(start=dict(student=str(tmp_path)))).networks["student"].params
+    adapters.save(tmp_path / "trained", "zimage", stage.networks["student"].module, trained, settings.lora.alpha)
+    again = stages.build(lora_config(start=dict(student=str(tmp_path / "trained")))).networks["student"].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, trained)
 
 
 def test_adapters_lie_on_the_weights_of_their_base():
-    other = config()
+    other = lora_config()
     other.networks.base.architecture.n_layers = 3
     with pytest.raises(ValueError, match="architecture is .* give both the same"):
         stages.build(other)
 
 
 def test_shapes_without_weights_are_those_of_a_run():
-    abstract, made = stages.abstract_networks(config()), stages.build(config()).networks
+    abstract, made = stages.abstract_networks(lora_config()), stages.build(lora_config()).networks
     for name, network in made.items():
         assert abstract[name].module == network.module
         same = jax.tree.map(

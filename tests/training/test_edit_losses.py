@@ -11,6 +11,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -124,7 +125,7 @@ def case(name: str) -> Case:
 @functools.partial(jax.jit, static_argnames="two_steps")
 def student_gradients(params, given, batch, draws, step, two_steps):
     modules, _ = networks()
-    loss = lambda student: edit_losses.student_loss(  # noqa: E731
+    loss = lambda student, probes: edit_losses.student_loss(  # noqa: E731
         {"params": student},
         {"params": params["fake_score"]},
         params,
@@ -135,8 +136,10 @@ def student_gradients(params, given, batch, draws, step, two_steps):
         step,
         SETTINGS,
         two_steps=two_steps,
+        probes=probes,
     )
-    return jax.value_and_grad(loss, has_aux=True)(params["student"])
+    probes = {name: jnp.zeros_like(given.reference) for name in edit_losses.PROBES}
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params["student"], probes)
 
 
 @functools.partial(jax.jit, static_argnames="two_steps")
@@ -179,7 +182,7 @@ def assert_gradients(name: str, gradients: dict, prefix: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_student_step_equals_the_release(name):
     run = case(name)
-    (total, metrics), gradients = student_gradients(
+    (total, metrics), (gradients, at_x0) = student_gradients(
         networks()[1], run.given, run.batch, run.draws, run.step, run.two_steps
     )
     expected = golden()
@@ -188,6 +191,40 @@ def test_student_step_equals_the_release(name):
     np.testing.assert_allclose(metrics["loss/identity"], expected[f"{name}.mse_loss_vec"][0], rtol=1e-4)
     np.testing.assert_allclose(total, expected[f"{name}.total.loss"], rtol=1e-4)
     assert_gradients("student", gradients, f"{name}.total")
+    # In x0 each part by itself; the original's, without weights, have that of the identity loss in them.
+    x0 = channels_last(expected[f"{name}.x0_pred"])
+    identity = run.batch["identity_weight"][0] * 2.0 * (x0 - run.given.reference) / x0.size
+    for probe, weight, part in (("dmd", SETTINGS.dmd_weight, "dmd"), ("scorer", SETTINGS.scorer_weight, "critic")):
+        wanted = weight * (channels_last(expected[f"{name}.{part}.dx0"]) - identity)
+        assert jnp.linalg.norm(at_x0[probe] - wanted) <= 1e-4 * jnp.linalg.norm(wanted), probe
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_dmd_equals_the_release(name):
+    """By itself, with a guidance scale and a caption's length per sample."""
+    found = load_file(GOLDEN / "F" / "golden.safetensors")
+    modules, params = networks()
+    tensor = lambda key: channels_last(found[f"{name}.{key}"])  # noqa: E731
+    mask = lambda kind: np.arange(found[f"{name}.{kind}_txt"].shape[1])[None] < found[f"{name}.{kind}_lens"][:, None]  # noqa: E731
+    caption = (jnp.asarray(found[f"{name}.orig_txt"]), mask("orig"))
+    negative = (jnp.asarray(found[f"{name}.uncond_txt"]), mask("uncond"))
+    length = max(x[0].shape[1] for x in (caption, negative))
+    grow = lambda x: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    caption, negative = jax.tree.map(grow, (caption, negative))
+    given = Conditions(None, None, None, caption, negative)
+    draws = LossDraws(jnp.asarray(found[f"{name}.tau"]), tensor("noise"), None)
+
+    @jax.jit
+    def losses(x0):
+        fake = {"params": params["fake_score"]}
+        rest = (given, jnp.asarray(found[f"{name}.cfg"]), draws, SETTINGS)
+        loss = edit_losses.dmd_loss(modules, params["real_score"], fake, x0, *rest)
+        return loss.sum(), loss
+
+    (_, loss), gradient = jax.value_and_grad(losses, has_aux=True)(tensor("x0"))
+    np.testing.assert_allclose(loss, found[f"{name}.loss_vec"], rtol=1e-4)
+    expected = tensor("dx0")
+    assert jnp.linalg.norm(gradient - expected) <= 1e-4 * jnp.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", ["u1", "u2"])
@@ -198,29 +235,60 @@ def test_fake_score_step_equals_the_release(name):
     assert_gradients("fake_score", gradients, f"{name}.aux")
 
 
-def test_a_batch_gives_the_mean_of_its_samples():
-    """Two samples with their own time, guidance, answer and weights in one batch."""
-    one = case("u2")
-    first = case("u2nothing")
-    second = dataclasses.replace(
-        first,
-        batch=first.batch | {"guidance": jnp.full((1,), 7.5), "answer": 1 - first.batch["answer"]},
-        given=first.given._replace(reference=one.given.reference, pixels=one.given.pixels),
-        draws=(first.draws[0]._replace(second_time=jnp.full((1,), 0.8571)), one.draws[1]),
+def padded(cases: list[Case]) -> list[Case]:
+    """The cases with texts and questions padded to one length."""
+
+    def grow(name: str, *leaves: jax.Array) -> list[jax.Array]:
+        shape = np.max([leaf.shape for leaf in leaves], axis=0)
+        value = -1 if name == "image_index" else 0
+        pads = [[(0, int(full - own)) for full, own in zip(shape, leaf.shape, strict=True)] for leaf in leaves]
+        return [jnp.pad(leaf, pad, constant_values=value) for leaf, pad in zip(leaves, pads, strict=True)]
+
+    batches = {name: grow(name, *(c.batch[name] for c in cases)) for name in cases[0].batch}
+    texts = {
+        name: [grow(name, *(getattr(c.given, name)[part] for c in cases)) for part in (0, 1)]
+        for name in ("instruction", "caption", "negative")
+    }
+    return [
+        dataclasses.replace(
+            c,
+            batch={name: batches[name][i] for name in batches},
+            given=c.given._replace(**{name: tuple(part[i] for part in parts) for name, parts in texts.items()}),
+        )
+        for i, c in enumerate(cases)
+    ]
+
+
+def test_a_batch_of_four_gives_the_mean_of_its_samples():
+    """Each with a time, guidance, answers, question kind and weights of its own."""
+    two_images, one_image, other = case("u2nothing"), case("u2"), case("u1")
+    singles = padded([two_images, one_image, other, two_images])
+    changed = (
+        (0.6667, {}),
+        (0.8571, {"question_weight": jnp.asarray([[1.0, 0.0]])}),
+        (0.9474, {"guidance": jnp.full((1,), 7.5), "dmd_weight": jnp.zeros((1,))}),
+        (0.8571, {"answer": 1 - two_images.batch["answer"], "identity_weight": jnp.full((1,), 0.5)}),
     )
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.batch, second.batch)
-    # The negative prompt is one for the whole batch.
-    given = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.given, second.given)
-    given = given._replace(negative=first.given.negative)
-    draws = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.draws, second.draws)
+    singles = [
+        dataclasses.replace(
+            one,
+            batch=one.batch | fields,
+            # The negative prompt is one for the whole batch.
+            given=one.given._replace(negative=singles[0].given.negative),
+            draws=(one.draws[0]._replace(second_time=jnp.full((1,), second)), one.draws[1]),
+        )
+        for one, (second, fields) in zip(singles, changed, strict=True)
+    ]
+    join = lambda *trees: jax.tree.map(lambda *x: jnp.concatenate(x), *trees)  # noqa: E731
+    given = join(*(one.given for one in singles))._replace(negative=singles[0].given.negative)
+    arguments = (given, join(*(one.batch for one in singles)), join(*(one.draws for one in singles)))
     params = networks()[1]
-    (total, _), gradients = student_gradients(params, given, both, draws, 2506, True)
-    singles = [student_gradients(params, c.given, c.batch, c.draws, 2506, True) for c in (first, second)]
-    np.testing.assert_allclose(total, np.mean([loss for (loss, _), _ in singles]), rtol=1e-5)
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(g for _, g in singles))
-    difference = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), gradients, mean)
-    size = sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(mean))
-    assert sum(float(d) for d in jax.tree.leaves(difference)) <= (1e-5) ** 2 * size * 4
+    (total, _), (gradients, _) = student_gradients(params, *arguments, 2506, True)
+    runs = [student_gradients(params, one.given, one.batch, one.draws, 2506, True) for one in singles]
+    np.testing.assert_allclose(total, np.mean([loss for (loss, _), _ in runs]), rtol=1e-5)
+    mean = jax.tree.map(lambda *g: sum(g) / 4, *(g for _, (g, _) in runs))
+    difference = jax.tree.map(jnp.subtract, gradients, mean)
+    assert optax.tree.norm(difference) <= 2e-5 * optax.tree.norm(mean)
 
 
 def test_a_sample_of_weight_zero_changes_nothing():

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from npedit_jax.training import edit_losses, edit_step, optimizer, state
+from npedit_jax.training import accumulation, edit_losses, edit_step, optimizer, state, steps
 from npedit_jax.training.edit_losses import EditSettings
 from tests.training.tiny_networks import INNER, batches, parts
 
@@ -196,3 +196,56 @@ def test_decoupled_dmd_with_one_time_and_noise_is_the_usual():
     np.testing.assert_array_equal(own.time, usual.time)  # the option leaves every other draw as it was
     np.testing.assert_array_equal(own.noise, usual.noise)
     assert not np.allclose(gradient(own, decoupled=True)[1], expected[1])
+
+
+def test_a_batch_in_parts_gives_the_gradients_and_metrics_of_the_whole():
+    updates, start, frozen = make_updates()
+    four = jax.tree.map(lambda x: x if x.shape[1] == 1 else np.concatenate([x, x[:, ::-1]], 1), batches())
+    four["guidance"] = np.broadcast_to(np.float32([1.0, 2.0, 3.0, 4.0]), (INNER, 4))
+    four["identity_weight"] = np.full((INNER, 4), 1.0, np.float32)
+    four = jax.tree.map(lambda x: x[0], four)
+
+    def run(accumulate, name):
+        settings = dataclasses.replace(SETTINGS, accumulate=accumulate)
+        step = jax.jit(edit_step.parts(dataclasses.replace(updates, settings=settings))[name])
+        return step(start, frozen, four, jax.random.key(0))
+
+    for name in ("student", "fake_score"):
+        (whole, metrics), (in_parts, metrics_in_parts) = (run(accumulate, f"{name}/1") for accumulate in (1, 2))
+        found, expected = (end.optimizer[name][0].gradients for end in (in_parts, whole))
+        difference = jax.tree.map(jnp.subtract, found, expected)
+        assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(expected), name
+        for key, value in metrics.items():
+            np.testing.assert_allclose(metrics_in_parts[key], value, rtol=1e-4, err_msg=key)
+    with pytest.raises(ValueError, match="a batch of 4 cannot be cut into 3 equal parts"):
+        run(3, "fake_score/1")
+
+
+def test_parts_count_by_the_weight_of_their_samples():
+    weight = jnp.asarray([1.0, 1.0, 0.0, 1.0])
+    values = jnp.asarray([1.0, 2.0, jnp.pi, 9.0])
+    mean = lambda x: jnp.sum(x[0] * x[1]) / jnp.maximum(jnp.sum(x[1]), 1e-6)  # noqa: E731
+    np.testing.assert_allclose(accumulation.mean(mean, (values, weight), weight, 2), 4.0, rtol=1e-6)
+    assert accumulation.mean(mean, (values, 0 * weight), 0 * weight, 4) == 0.0
+
+
+def test_a_warm_up_batch_in_parts_is_the_mean_of_them():
+    modules, params = parts()
+    batch = jax.tree.map(lambda x: np.concatenate([x[0], x[0]]) if x.shape[1] > 1 else x[0], batches())
+    rules = {"student": recording()}
+    start = state.create({"student": params["student"]}, rules, ("student",))
+    frozen = {name: tree for name, tree in params.items() if name != "student"}
+
+    def gradients(accumulate):
+        options = dict(target="reference", text="caption", ema=0.9, skip_norm=1e9, accumulate=accumulate)
+        step = jax.jit(steps.student_flow_step(modules, rules, **options))
+        return lambda batch, rng: step(start, frozen, batch, rng)[0].optimizer["student"].gradients
+
+    samples = {name: x for name, x in batch.items() if x.shape[0] == 4}
+    keys = jax.random.split(jax.random.key(3), 4)
+    alone = gradients(1)
+    one_by_one = [alone({k: x[i::2] for k, x in samples.items()}, keys[i]) for i in (0, 1)]
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *one_by_one)
+    found = gradients(2)(samples, jax.random.key(3))
+    difference = jax.tree.map(jnp.subtract, found, expected)
+    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(expected)

@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from npedit_jax import weights
 from npedit_jax.training import networks
-from tests.training.tiny import AUTOENCODER
+from tests.training.tiny import AUTOENCODER, LOG, READING, RUN
 
+ADAPTED = ("layers/*",)  # layers of the denoiser with adapters in `lora_config`
 BATCH, INNER, TEXT, QUESTION = 2, 3, 4, 12
 DENOISER = dict(
     in_channels=2,
@@ -102,3 +104,39 @@ def batches() -> dict[str, jax.Array]:
         "identity_weight": np.zeros(shape, np.float32),
         "weight": np.ones(shape, np.float32),
     }
+
+
+def lora_config(**lora_settings) -> ConfigDict:
+    """Two steps of the warm-up on real images, with adapters on a network that stays frozen."""
+    language = LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8, vocab_size=64)
+    denoiser = ("zimage", DENOISER | dict(axes_lens=(64, 32, 32)))
+    specs = {"autoencoder": SPECS["autoencoder"], "text_encoder": ("qwen3", language)}
+    specs |= {"base": denoiser, "student": denoiser}
+    adam = dict(name="adam", learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99)
+    return ConfigDict(
+        dict(
+            stage="warmup",
+            seed=0,
+            steps=2,
+            batch_size=2,
+            cpu_devices=1,
+            networks={
+                name: dict(kind=kind, directory="", architecture=networks.plain(architecture), options={})
+                for name, (kind, architecture) in specs.items()
+            },
+            lora=dict(rank=2, alpha=4.0, targets=ADAPTED, base=dict(student="base"), start=dict(student=""))
+            | lora_settings,
+            data=dict(
+                reading=READING,
+                text_tokenizer="package:pretrained/easyvqa/text_encoder",
+                text_length=16,
+                options=dict(caption_dropout=0.1, fraction=0.01),
+            ),
+            step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
+            optimizer=dict(student=adam),
+            sampling=dict(times=(1.0, 0.5), sampler="fresh", eta=1.0),
+            checkpoint=dict(every=2, keep=1),
+            log=LOG | dict(preview_every=2),
+        )
+        | RUN
+    )

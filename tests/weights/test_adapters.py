@@ -1,6 +1,7 @@
 """Adapters under the original's names: they fit the original's modules, and come back from their file."""
 
 import functools
+import json
 import pathlib
 
 import jax
@@ -29,15 +30,15 @@ def parts():
 
 def test_pairs_added_to_the_originals_modules_are_the_merged_weights(tmp_path):
     module, params, pairs = parts()
-    tensors = adapters.to_peft("zimage", module, pairs, ALPHA)
+    tensors = adapters.to_peft("zimage", module, pairs)
     theirs = ZImageTransformer2DModel.from_pretrained(GOLDEN)
     layers = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     assert 2 * len(layers) == len(tensors)
     for name in layers:
-        linear = theirs.get_submodule(name.removeprefix("transformer."))
+        linear = theirs.get_submodule(name.removeprefix("base_model.model."))
         down, up = (torch.tensor(tensors[f"{name}.lora_{part}.weight"]) for part in "AB")
         with torch.no_grad():
-            linear.weight += up @ down  # what PEFT does where alpha is the rank
+            linear.weight += ALPHA / down.shape[0] * up @ down  # what PEFT does
     weights.save("zimage", module, lora.merge(params, pairs, ALPHA), tmp_path / "merged")
     ours = {
         name: value
@@ -51,13 +52,14 @@ def test_pairs_added_to_the_originals_modules_are_the_merged_weights(tmp_path):
 
 def test_adapters_come_back_for_another_alpha(tmp_path):
     module, params, pairs = parts()
-    adapters.save(tmp_path, "zimage", module, pairs, ALPHA)
+    adapters.save(tmp_path / "saved", "zimage", module, pairs, ALPHA)
     with pytest.raises(FileExistsError):
-        adapters.save(tmp_path, "zimage", module, pairs, ALPHA)
+        adapters.save(tmp_path / "saved", "zimage", module, pairs, ALPHA)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     like = jax.tree.map(jnp.zeros_like, pairs)
-    again = adapters.load(tmp_path, "zimage", module, like=like, alpha=ALPHA)
+    again = adapters.load(tmp_path / "saved", "zimage", module, like=like, alpha=ALPHA)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, pairs)
-    other = adapters.load(tmp_path, "zimage", module, like=like, alpha=1.0)
+    other = adapters.load(tmp_path / "saved", "zimage", module, like=like, alpha=1.0)
     same = (lora.merge(params, tree, alpha) for tree, alpha in ((pairs, ALPHA), (other, 1.0)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *same)
 
@@ -70,3 +72,13 @@ def test_adapters_of_other_targets_are_refused_by_name(tmp_path):
         adapters.load(tmp_path, "zimage", module, like=like, alpha=ALPHA)
     with pytest.raises(FileNotFoundError, match="holds no adapters"):
         adapters.load(tmp_path / "none", "zimage", module, like=like, alpha=ALPHA)
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"layers.0": 2}}, {"peft_type": "IA3"}])
+def test_other_kinds_of_adapters_are_refused(change, tmp_path):
+    module, _, pairs = parts()
+    adapters.save(tmp_path / "saved", "zimage", module, pairs, ALPHA)
+    file = tmp_path / "saved" / adapters.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"other adapters than plain LoRA: .*{next(iter(change))}"):
+        adapters.load(tmp_path / "saved", "zimage", module, like=pairs, alpha=ALPHA)

@@ -72,7 +72,7 @@ def test_scorers(kind, source, case, tmp_path):
     directory = saved(kind, source, tmp_path)
     model, info = transformers.AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    model.config.image_token_id = PLACEHOLDER  # a matter of the tokenizer, which the weights do not tell
+    assert model.config.image_token_id == PLACEHOLDER
     mask = golden.get("attention_mask", torch.ones_like(golden["input_ids"]))
     extra = {"image_sizes": golden["image_sizes"]} if "image_sizes" in golden else {}
     logits = model(input_ids=golden["input_ids"], attention_mask=mask, pixel_values=golden["px"], **extra).logits
