@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0}
+WITHOUT_DIGITS = {"pred": 8, "token": 0, "opaque": 0}  # bits of an element; other types have theirs in their name
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Names of what changes no byte of the main memory, or is counted by what it calls.
 FREE = frozenset(
@@ -31,7 +31,7 @@ class Array:
     @property
     def bytes(self) -> int:
         """Without padding."""
-        bits = BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype + "8")[0])
+        bits = WITHOUT_DIGITS[self.dtype] if self.dtype in WITHOUT_DIGITS else int(re.search(r"\d+", self.dtype)[0])
         return math.prod(self.shape) * bits // 8
 
     @property
@@ -194,6 +194,8 @@ class Program:
             return 0.0
         if instruction.opcode == "fusion":
             return self._fusion_traffic(computation, instruction)
+        if instruction.opcode.endswith("-start"):
+            return _started_traffic(computation, instruction)
         if instruction.opcode in ("dynamic-slice", "gather"):
             return 2.0 * _main_bytes(instruction.results)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -262,6 +264,17 @@ def _collective(opcode: str, computation: str) -> str | None:
     if name == "all-reduce" and computation.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # how the TPU compiler writes one
     return name if name in COLLECTIVES else None
+
+
+def _started_traffic(computation: Computation, instruction: Instruction) -> float:
+    """Of a copy, slice or collective that runs beside the computation: its results also name its operands."""
+    sources = [array for name in instruction.operands if name in computation for array in computation[name].results]
+    named = [array for array in instruction.results if array.shape]  # without counters
+    if len(named) > len(sources):
+        named = named[: len(sources)] if instruction.opcode == "copy-start" else named[len(sources) :]
+    read = named if instruction.opcode == "slice-start" else sources
+    from_main = sum(array.bytes for array, source in zip(read, sources, strict=False) if source.in_main_memory)
+    return from_main + _main_bytes(named)
 
 
 def _main_bytes(arrays: Sequence[Array]) -> int:

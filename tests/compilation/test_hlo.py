@@ -63,6 +63,44 @@ def test_a_loop_of_the_tpu_compiler_is_counted_by_its_length():
     assert work.traffic % 4 == 0 and fusion < work.traffic / 4 < 30 * 8 * 16 * 2
 
 
+STARTED = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: s8[1024], b: f32[64,64], c: s32[32]) -> f32[64,64] {
+  %a = s8[1024]{0:T(1024)(128)(4,1)} parameter(0)
+  %b = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %c = s32[32]{0:T(128)} parameter(2)
+  INSTRUCTION
+  ROOT %copy = f32[64,64]{1,0:T(8,128)S(1)} copy-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        # Into the vector memory: a part of an array, and a whole one.
+        ("((s8[1024]{0:T(1024)}), s8[256]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:256]}", 256),
+        ("(f32[64,64]{1,0:T(8,128)S(1)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)", 64 * 64 * 4),
+        ("(f32[64,64]{0,1:T(8,128)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)", 2 * 64 * 64 * 4),
+        ("(s32[32]{0}, s32[32]{0:S(1)}, u32[], u32[]) collective-permute-start(%c), source_target_pairs={{0,1}}", 128),
+        ("(s32[32]{0}, s32[256]{0}) all-gather-start(%c), replica_groups={{0,1,2,3,4,5,6,7}}", 128 + 1024),
+        ("s32[32]{0} all-reduce-start(%c), replica_groups={{0,1}}, to_apply=%add", 128 + 128),
+    ],
+)
+def test_what_runs_beside_the_computation_counts_what_it_reads_and_writes(instruction, moved):
+    """Its results name its operands too, and hold counters."""
+    text = STARTED.replace("INSTRUCTION", f"%start = {instruction}")
+    assert hlo.Program(text).work({"data": 1, "fsdp": 8, "tensor": 1}).traffic == moved
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("s8", 8), ("s32", 32), ("u4", 4), ("bf16", 16), ("f8e4m3fn", 8), ("pred", 8), ("c64", 64), ("token", 0)],
+)
+def test_sizes_of_elements(dtype, bits):
+    assert hlo.Array(dtype, (16,), "").bytes == 16 * bits // 8
+
+
 def test_a_loop_without_an_end_is_an_error():
     with pytest.raises(ValueError, match="loop loop has no known trip count"):
         hlo.Program(TPU.replace("direction=LT", "direction=NE")).work(ONE)
