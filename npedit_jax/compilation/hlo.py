@@ -184,7 +184,7 @@ class Program:
             return _dot_flops(computation, instruction)
         if instruction.opcode == "convolution":
             return _convolution_flops(computation, instruction)
-        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+        if instruction.opcode == "custom-call" and _is_kernel(instruction):
             return _kernel_flops(computation, instruction)
         return 0.0
 
@@ -192,6 +192,8 @@ class Program:
         """Bytes read and written in the main memory by an instruction outside a fusion."""
         if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
             return 0.0
+        if instruction.opcode == "custom-call" and not _is_kernel(instruction):
+            return 0.0  # reserves memory, renames it, or stands for what is counted elsewhere
         if instruction.opcode == "fusion":
             return self._fusion_traffic(computation, instruction)
         if instruction.opcode.endswith("-start"):
@@ -257,6 +259,10 @@ class Program:
             times=times,
             source=instruction.source,
         )
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return "tpu_custom_call" in instruction.attributes
 
 
 def _collective(opcode: str, computation: str) -> str | None:

@@ -84,6 +84,8 @@ ENTRY %main (a: s8[1024], b: f32[64,64], c: s32[32]) -> f32[64,64] {
         ("(f32[64,64]{0,1:T(8,128)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)", 2 * 64 * 64 * 4),
         ("(s32[32]{0}, s32[32]{0:S(1)}, u32[], u32[]) collective-permute-start(%c), source_target_pairs={{0,1}}", 128),
         ("(s32[32]{0}, s32[256]{0}) all-gather-start(%c), replica_groups={{0,1,2,3,4,5,6,7}}", 128 + 1024),
+        ('f32[64,64]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        ('f32[64,64]{1,0:T(8,128)} custom-call(%b), custom_call_target="tpu_custom_call"', 2 * 64 * 64 * 4),
         ("s32[32]{0} all-reduce-start(%c), replica_groups={{0,1}}, to_apply=%add", 128 + 128),
     ],
 )
