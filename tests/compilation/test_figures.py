@@ -1,0 +1,58 @@
+"""The figures of docs/pods.md: the page shows what benchmarks/tpu_compile.json holds, and that keeps its limits."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAYER = 3840 * 10240 * 2  # bytes of the largest matrix of a Z-Image layer in bfloat16
+SCORER_LAYER = 5120 * 13824 * 2  # of InternVL3-14B's language model
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("tpu_compile", ROOT / "benchmarks" / "tpu_compile.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results(benchmark):
+    return json.loads(benchmark.RESULTS.read_text())
+
+
+def programs(benchmark, results, *kinds):
+    for case, reports in benchmark.of_kind(results, *kinds):
+        for report in reports.values():
+            for name, p in report["programs"].items():
+                yield f"{case.name} {name}", report, p
+
+
+def test_page_shows_the_results(benchmark, results):
+    shown = benchmark.PAGE.read_text().split(benchmark.BEGIN)[1].split(benchmark.END)[0]
+    assert shown.strip() == benchmark.tables(results)
+
+
+def test_results_are_of_cases_that_there_are(benchmark, results):
+    assert set(results) <= {case.name for case in benchmark.CASES}
+
+
+def test_chosen_settings_fit_and_gather_one_layer_at_most(benchmark, results):
+    for name, report, p in programs(benchmark, results, "run", "scaling"):
+        assert p["peak"] <= 0.85 * report["memory"], name
+        assert p["largest_gather"][0] <= (SCORER_LAYER if "student" in name else LAYER), (name, p["largest_gather"])
+    for case, reports in benchmark.of_kind(results, "run", "scaling"):
+        assert not [failure for report in reports.values() for failure in report["failures"]], case.name
+
+
+def test_little_is_computed_twice(benchmark, results):
+    """Over the outer step, for each length of the unroll."""
+    for case, reports in benchmark.of_kind(results, "run"):
+        for length in ("/1", "/2"):
+            made = {n: p for r in reports.values() for n, p in r["programs"].items() if n.endswith(length)}
+            if len(made) == 2:
+                executed, useful = (benchmark.total(made, lambda p, key=key: p[key]) for key in ("executed", "useful"))
+                assert executed <= 1.30 * useful, (case.name, length)
