@@ -219,8 +219,8 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """Token ids [B, S] -> embeddings [B, S, D] in `dtype`."""
-        # Each device looks the ids of its copy's samples up in its columns of the table, then samples and columns change
-        # places: left to itself XLA gathers the table, or all copies' samples.
+        # Each device looks its copy's samples up in its columns of the table, then samples and columns change places:
+        # left to itself XLA gathers the table, or the samples of all copies.
         token_ids = parallel.constrain(token_ids, "data", None)
         x_BSD = parallel.constrain(self.embedding(token_ids), "data", None, parallel.SPLIT)
         return parallel.constrain_batch(x_BSD)

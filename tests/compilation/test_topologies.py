@@ -94,7 +94,7 @@ def test_unknown_size_is_told_in_one_line():
 
 
 def test_ids_are_looked_up_within_a_copy_of_the_table():
-    """No device sees the samples of other copies, forward or backward; only the table's gradient is summed over them."""
+    """No device sees other copies' samples, forward or backward; only the table's gradient is summed over copies."""
     run("""
 from npedit_jax.models.language import Decoder
 mesh = parallel.make_mesh(4, -1, 1, chips.devices_of("v5e:4x4"))
