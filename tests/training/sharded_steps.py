@@ -116,7 +116,8 @@ def assert_close(found: Any, expected: Any, what: str) -> None:
 def main(directory: str, names: list[str]) -> None:
     """Compares losses, gradients and restored checkpoints of the named meshes with one device's."""
     one = parallel.make_mesh(1, 1, 1, jax.local_devices()[:1])
-    _, expected, expected_gradients = run(one)
+    two = parallel.make_mesh(1, 2, 1, jax.local_devices()[:2])
+    begun, expected, expected_gradients = run(one)
     assert {int(row["unroll"]) for row in expected} == {2}
     for name in names:
         sizes = MESHES[name]
@@ -134,7 +135,9 @@ def main(directory: str, names: list[str]) -> None:
         if jax.process_count() > 1:
             continue
         initialise_in_parts(mesh)
-        restore_elsewhere(f"{directory}/{name}", end, [one, *(parallel.make_mesh(*s) for s in MESHES.values())])
+        meshes = [one, two, *(parallel.make_mesh(*sizes) for sizes in MESHES.values())]
+        restore_elsewhere(f"{directory}/{name}", end, meshes)
+        restore_elsewhere(f"{directory}/from one to {name}", begun, [mesh])
 
 
 def initialise_in_parts(mesh: jax.sharding.Mesh) -> None:
