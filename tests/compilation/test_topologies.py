@@ -1,5 +1,7 @@
 """The TPU compiler on a machine without TPU, where libtpu is installed: meshes, collectives, flags, the kernel."""
 
+import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -125,3 +127,16 @@ with jax.set_mesh(mesh):
 assert memory.host_argument_size_in_bytes == 4096 * 1024 and memory.argument_size_in_bytes == 0, memory
 assert memory.host_output_size_in_bytes == 4096 * 1024, memory
 """)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "fits"), [("64x64", True), ("16384x16384", False)])
+def test_the_tool_tells_by_its_status_whether_a_run_fits(tmp_path, size, fits):
+    (tmp_path / "config.py").write_text("from tests.training.test_adapted import config as get_config\n")
+    command = [sys.executable, "-m", "npedit_jax.compile", f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.batch_size=4", "--only=sample"]
+    command += [f"--size={size}", f"--json={tmp_path / 'report.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == (0 if fits else 1), done.stderr
+    assert ("does not fit on v5e:2x2" in done.stderr) == ("DOES NOT FIT: sample" in done.stdout) == (not fits)
+    assert json.loads((tmp_path / "report.json").read_text())["fits"] == fits
