@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from npedit_jax import flops
+
 Rotation = tuple[jax.Array, jax.Array]
 SINUSOID_PERIOD = 10000.0
 
@@ -49,7 +51,8 @@ def swap(x: jax.Array) -> jax.Array:
     slices and rolls inside a tile are written out, as float32 more than all else in the attention of a long sequence.
     """
     places = np.eye(x.shape[-1])[np.arange(x.shape[-1]) ^ 1]
-    return jnp.matmul(x, jnp.asarray(places, x.dtype), precision=jax.lax.Precision.HIGHEST)
+    with jax.named_scope(flops.REORDERING):
+        return jnp.matmul(x, jnp.asarray(places, x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def joint_positions(grid: tuple[int, int, int], sizes: tuple[int, int], padded_B: jax.Array) -> jax.Array:

@@ -2,10 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from npedit_jax import flops
 from npedit_jax.compilation import hlo
+from npedit_jax.models import positions
+from npedit_jax.models.denoiser import Denoiser
+from npedit_jax.training import networks
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 # ruff: noqa: E501
@@ -188,3 +192,26 @@ def test_rematerialisation_shows():
 
 def test_what_no_result_needs_is_not_counted():
     assert flops.useful(lambda x: (x @ x, x + 1)[1], jax.ShapeDtypeStruct((8, 8), jnp.float32)) == 0
+
+
+def test_putting_numbers_in_another_order_is_not_needed():
+    """Neither forward nor backward, nor inside a loop."""
+    x = jax.ShapeDtypeStruct((5, 8, 16), jnp.bfloat16)
+    layer = lambda x: jnp.sin(positions.swap(x))  # noqa: E731
+    looped = lambda x: jnp.sum(jax.lax.scan(lambda c, x: (c + layer(x), None), x[0], x)[0])  # noqa: E731
+    assert flops.useful(jax.grad(looped), x) == 0
+    np.testing.assert_array_equal(positions.swap(jnp.arange(6.0)), [1, 0, 3, 2, 5, 4])
+
+
+def test_the_full_size_denoiser_needs_what_its_layers_add_up_to():
+    """At 1024 x 1024 pixels, 64 x 64 patches and a caption of 512 tokens."""
+    module, width, hidden = Denoiser(), 3840, 10240
+    inputs = [(1, 128, 128, 16), (1,), (1, 512, 2560), (1, 512)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    found = flops.useful(
+        lambda params, *x: module.apply({"params": params}, *x), networks.shapes("zimage", module), *shapes
+    )
+    layer = lambda n: 2 * n * (4 * width**2 + 3 * width * hidden) + 4 * n**2 * width  # noqa: E731
+    around = 2 * 512 * 2560 * width + 2 * 2 * 64**2 * 64 * width
+    modulation = 2 * 256 * (32 * 4 * width + width + 1024) + 2 * 256 * 1024
+    assert found == 30 * layer(64**2 + 512) + 2 * layer(64**2) + 2 * layer(512) + around + modulation
