@@ -55,6 +55,7 @@ setuptools.setup(
             "diffusers>=0.37",
             "build",
             "hypothesis",
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
             "playwright",
             "pytest-xdist",
             "pytest>=8",
