@@ -53,6 +53,7 @@ setuptools.setup(
             "npedit_jax[demo,docs,evaluate,instructions,prepare,torch]",
             "build",
             "hypothesis",
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
             "playwright",
             "pytest-xdist",
             "pytest>=8",

@@ -5,9 +5,13 @@ import os
 import shutil
 import tempfile
 
+import jaxlib.version
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the time of these tests; the plainer code of these two settings runs fast enough.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+# Compiling is most of the time of these tests; the plainer code of these two settings runs fast enough. Later versions
+# have no such flag, and end at one that they do not know.
+if jaxlib.version.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Of all workers and of the commands that tests start: what one has compiled the others read.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="npedit-compiled-")

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from configs.easyvqa import base, scorer
 from configs.zimage import npedit, npedit_llava, npedit_lora
 from npedit_jax import parallel
 from npedit_jax.training import optimizer, stages, state
 
 FULL = {"npedit": npedit, "npedit_llava": npedit_llava, "npedit_lora": npedit_lora}
+SMALL = {"base": base, "scorer": scorer}
 
 
 def abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
@@ -31,13 +34,32 @@ class Device:
     device_kind: str = "cpu"
 
 
+@pytest.fixture(scope="module")
+def networks():
+    """Shapes of all parameters of all networks, by config."""
+    return {
+        name: {key: network.params for key, network in stages.abstract_networks(config.get_config()).items()}
+        for name, config in (FULL | SMALL).items()
+    }
+
+
+def test_every_parameter_has_one_row_and_every_row_a_parameter(networks):
+    idle = {pattern for pattern, _ in parallel.TABLE}
+    for params in networks.values():
+        for path in flatten_dict(params, sep="/"):
+            _, _, path = path.partition("/")
+            parallel.spec_of(path)  # raises where not exactly one matches
+            idle -= {pattern.pattern for pattern, _ in parallel._PATTERNS if pattern.fullmatch(path)}
+    assert not idle
+
+
 @pytest.mark.parametrize("name", FULL)
-def test_every_parameter_of_the_full_size_networks_has_one_row(name):
-    """And little of it stays whole: less than a thousandth of all parameters on 64 devices."""
+def test_little_of_the_full_size_networks_stays_whole(networks, name):
+    """Less than a thousandth of all parameters on 64 devices."""
     mesh, whole, total = abstract(1, 64, 1), 0, 0
-    for network in stages.abstract_networks(FULL[name].get_config()).values():
-        shardings = parallel.parameter_shardings(mesh, network.params)
-        for leaf, sharding in zip(jax.tree.leaves(network.params), jax.tree.leaves(shardings), strict=True):
+    for params in networks[name].values():
+        shardings = parallel.parameter_shardings(mesh, params)
+        for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
             total += leaf.size
             whole += leaf.size if sharding.is_fully_replicated else 0
     assert whole < 1e-3 * total

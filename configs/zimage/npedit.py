@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(dict(student=adam, fake_score=adam))
     config.sampling = ConfigDict(dict(times=TIMES, sampler="ddim", eta=1.0))
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # docs/pods.md: which sizes for which pod
+    config.mesh = ConfigDict(dict(data=-1, fsdp=16, tensor=1))  # docs/pods.md: which sizes for which pod
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=250, keep=3))  # the release: every 1,000 steps
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Example: two v6e-64 slices as one job, a copy of the parameters on each, from nothing to training.
+# Example: two v6e-64 slices as one job, two copies of the parameters on each, from nothing to training.
 #   ZONE=us-east5-b BUCKET=gs://my-bucket launch/pod/multislice.sh [--dry-run]
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -9,4 +9,5 @@ export NAME="${NAME:-npedit-two}" TYPE="${TYPE:-v6e-64}" VERSION="${VERSION:-v2-
 "$here/setup.sh" "$@"
 # Slices lie along the mesh axis "data"; two slices take twice the batch.
 "$here/train.sh" "$@" --config configs/zimage/npedit.py --workdir "$BUCKET/npedit" \
-  "--config.data.records=$BUCKET/records/edits" --config.mesh.data=2 --config.batch_size=128
+  "--config.data.records=$BUCKET/records/edits" --config.mesh.data=4 --config.mesh.fsdp=32 \
+  --config.batch_size=128

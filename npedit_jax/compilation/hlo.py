@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0}
+WITHOUT_DIGITS = {"pred": 8, "token": 0, "opaque": 0}  # bits of an element; other types have theirs in their name
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Names of what changes no byte of the main memory, or is counted by what it calls.
 FREE = frozenset(
@@ -31,7 +31,7 @@ class Array:
     @property
     def bytes(self) -> int:
         """Without padding."""
-        bits = BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype + "8")[0])
+        bits = WITHOUT_DIGITS[self.dtype] if self.dtype in WITHOUT_DIGITS else int(re.search(r"\d+", self.dtype)[0])
         return math.prod(self.shape) * bits // 8
 
     @property
@@ -50,7 +50,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     root: bool
-    literal: int | None = None  # of a whole number's constant
+    literal: int | None = None  # of a whole number's constant, and a parameter's number
 
     @property
     def bytes(self) -> int:
@@ -184,7 +184,7 @@ class Program:
             return _dot_flops(computation, instruction)
         if instruction.opcode == "convolution":
             return _convolution_flops(computation, instruction)
-        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+        if instruction.opcode == "custom-call" and _is_kernel(instruction):
             return _kernel_flops(computation, instruction)
         return 0.0
 
@@ -192,8 +192,12 @@ class Program:
         """Bytes read and written in the main memory by an instruction outside a fusion."""
         if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
             return 0.0
+        if instruction.opcode == "custom-call" and not _is_kernel(instruction):
+            return 0.0  # reserves memory, renames it, or stands for what is counted elsewhere
         if instruction.opcode == "fusion":
             return self._fusion_traffic(computation, instruction)
+        if instruction.opcode.endswith("-start"):
+            return _started_traffic(computation, instruction)
         if instruction.opcode in ("dynamic-slice", "gather"):
             return 2.0 * _main_bytes(instruction.results)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -206,30 +210,57 @@ class Program:
     def _fusion_traffic(self, computation: Computation, instruction: Instruction) -> float:
         (callee, _), *_ = self._calls(instruction)
         body = self.computations[callee]
-        users: dict[str, list[Instruction]] = {}
-        for inner in body.values():
-            for operand in inner.operands:
-                users.setdefault(operand, []).append(inner)
-        total = 0.0
-        for inner in body.values():
-            if inner.opcode == "parameter":
-                uses = users.get(inner.name, [])
-                if not _main_bytes(inner.results):
-                    continue
-                if uses and all(use.opcode in ("dynamic-slice", "gather") for use in uses):
-                    total += sum(use.bytes for use in uses)  # one layer of a stack
-                elif not (
-                    uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == inner.name for use in uses)
-                ):
-                    total += inner.bytes
+        sources = [computation.get(name) for name in instruction.operands]
+        read = sum(
+            self._read(callee, number)
+            for number, source in enumerate(sources)
+            if source is not None and _main_bytes(source.results)
+        )
         root = next(inner for inner in body.values() if inner.root)
-        written = [body[name] for name in root.operands if name in body] if root.opcode == "tuple" else [root]
-        for array, inner in zip(instruction.results, written, strict=False):
-            if not array.in_main_memory:
-                continue
-            updated = inner.opcode == "dynamic-update-slice" and inner.operands[1] in body
-            total += body[inner.operands[1]].bytes if updated else array.bytes
-        return total
+        made = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        pairs = zip(instruction.results, made, strict=False)
+        return read + sum(self._written(callee, inner) for array, inner in pairs if array.in_main_memory)
+
+    @functools.cache  # noqa: B019  a program lives as long as its report
+    def _read(self, name: str, number: int) -> int:
+        """Bytes that a fused computation reads of its parameter: of a stack that it slices, the slices."""
+        body = self.computations[name]
+        parameter = next(inner for inner in body.values() if inner.opcode == "parameter" and inner.literal == number)
+        return self._used(name, parameter)
+
+    def _used(self, name: str, array: Instruction) -> int:
+        used = 0
+        for user in self._users(name).get(array.name, ()):
+            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == array.name:
+                used += user.bytes
+            elif user.opcode == "bitcast":
+                used += self._used(name, user)
+            elif user.opcode == "fusion":
+                (callee, _), *_ = self._calls(user)
+                used += sum(self._read(callee, place) for place, x in enumerate(user.operands) if x == array.name)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+                return array.bytes
+        return min(used, array.bytes)
+
+    def _written(self, name: str, made: Instruction) -> int:
+        """Bytes that a fused computation writes of a result: of a stack that it updates, the update."""
+        body = self.computations[name]
+        if made.opcode == "dynamic-update-slice":
+            return body[made.operands[1]].bytes
+        if made.opcode == "bitcast":
+            return self._written(name, body[made.operands[0]])
+        if made.opcode == "fusion" and len(made.results) == 1:
+            (callee, _), *_ = self._calls(made)
+            return self._written(callee, next(inner for inner in self.computations[callee].values() if inner.root))
+        return made.bytes
+
+    @functools.cache  # noqa: B019
+    def _users(self, name: str) -> dict[str, list[Instruction]]:
+        found: dict[str, list[Instruction]] = {}
+        for inner in self.computations[name].values():
+            for operand in set(inner.operands):
+                found.setdefault(operand, []).append(inner)
+        return found
 
     def _read_collective(
         self, kind: str, computation: Computation, instruction: Instruction, times: int, mesh_shape: Mapping[str, int]
@@ -257,11 +288,26 @@ class Program:
         )
 
 
+def _is_kernel(instruction: Instruction) -> bool:
+    return "tpu_custom_call" in instruction.attributes
+
+
 def _collective(opcode: str, computation: str) -> str | None:
     name = opcode.removesuffix("-start")
     if name == "all-reduce" and computation.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # how the TPU compiler writes one
     return name if name in COLLECTIVES else None
+
+
+def _started_traffic(computation: Computation, instruction: Instruction) -> float:
+    """Of a copy, slice or collective that runs beside the computation: its results also name its operands."""
+    sources = [array for name in instruction.operands if name in computation for array in computation[name].results]
+    named = [array for array in instruction.results if array.shape]  # without counters
+    if len(named) > len(sources):
+        named = named[: len(sources)] if instruction.opcode == "copy-start" else named[len(sources) :]
+    read = named if instruction.opcode == "slice-start" else sources
+    from_main = sum(array.bytes for array, source in zip(read, sources, strict=False) if source.in_main_memory)
+    return from_main + _main_bytes(named)
 
 
 def _main_bytes(arrays: Sequence[Array]) -> int:
@@ -301,7 +347,7 @@ def _parse_line(line: str) -> Instruction | None:
     start = end + opcode.end() - 1
     stop = _closing(rest, start)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:stop]))
-    number = re.fullmatch(r"-?\d+", rest[start + 1 : stop]) if opcode[1] == "constant" else None
+    number = re.fullmatch(r"-?\d+", rest[start + 1 : stop]) if opcode[1] in ("constant", "parameter") else None
     literal = int(number[0]) if number else None
     return Instruction(head[2], opcode[1], results, operands, rest[stop + 1 :], bool(head[1]), literal)
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from npedit_jax import flops
 from npedit_jax.chips import Chip
 from npedit_jax.compilation import hlo
-from npedit_jax.compilation.programs import Compilable, Resident, programs, shard_bytes
+from npedit_jax.compilation.programs import Compilable, programs, shard_bytes
 
 GIB = 2**30
 LIMIT = 0.85  # of a chip's memory: the rest is the runtime's and fragmentation's
@@ -123,14 +123,11 @@ def compile_run(
         if only not in name:
             continue
         try:
-            compiled, seconds = _compile(program, mesh)
+            file = text / f"{name.replace('/', '_')}.hlo" if text is not None else None
+            reports[name] = compile_program(program, mesh, chip, held.bytes_per_device(), file)
         except jax.errors.JaxRuntimeError as error:
             failures.append(f"{name} does not compile: {_first_lines(str(error))}")
             continue
-        if text is not None:
-            text.mkdir(parents=True, exist_ok=True)
-            (text / f"{name.replace('/', '_')}.hlo").write_text(compiled.as_text())
-        reports[name] = _report(program, compiled, mesh, chip, held, seconds)
         if reports[name].peak > LIMIT * chip.memory:
             largest = "; ".join(reports[name].largest[:4])
             failures.append(
@@ -150,19 +147,28 @@ def compile_run(
     )
 
 
-def _compile(program: Compilable, mesh: Mesh) -> tuple[jax.stages.Compiled, float]:
+def compile_program(
+    program: Compilable, mesh: Mesh, chip: Chip, resident: int, text: epath.Path | None = None
+) -> ProgramReport:
+    """Compiles one program for the devices of the mesh.
+
+    Args:
+      resident: bytes that lie on each device whatever program runs.
+      text: file for the compiled program's text.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it does not compile, as where it needs more memory than there is.
+    """
     start = time.monotonic()
     with jax.set_mesh(mesh):
         compiled = program.function.lower(*program.arguments).compile()
-    return compiled, time.monotonic() - start
-
-
-def _report(
-    program: Compilable, compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip, held: Resident, seconds: float
-) -> ProgramReport:
+    seconds = time.monotonic() - start
+    if text is not None:
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(compiled.as_text())
     memory = compiled.memory_analysis()
     # A program is given what it uses of the run's state, and takes over what it changes.
-    throughout = max(held.bytes_per_device() + shard_bytes(program.batch), memory.argument_size_in_bytes)
+    throughout = max(resident + shard_bytes(program.batch), memory.argument_size_in_bytes)
     made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     work = hlo.Program(compiled.as_text()).work(mesh.shape)
     gathers = [(c.bytes, f"{c.dtype}{list(c.shape)} {c.source}") for c in work.collectives if c.kind == "all-gather"]
@@ -221,7 +227,7 @@ def text(report: RunReport, title: str) -> str:
         f"{report.memory / GIB:.2f} GiB"
     ]
     for name, p in report.programs.items():
-        lines += _program_lines(name, p, report)
+        lines += program_lines(name, p, report.memory)
     if step := report.step():
         lines.append(
             f"outer step: {step['seconds']:.2f} s at least, bound MFU {step['bound_mfu']:.0%}, executed/useful "
@@ -231,12 +237,13 @@ def text(report: RunReport, title: str) -> str:
     return "\n".join(lines)
 
 
-def _program_lines(name: str, p: ProgramReport, report: RunReport) -> list[str]:
+def program_lines(name: str, p: ProgramReport, memory: float) -> list[str]:
+    """One program for a reader; `memory` is that of a device, in bytes."""
     bound = max(p.times, key=p.times.__getitem__)
     moved = "; ".join(f"{key} {value / 1e9:.2f} GB" for key, value in sorted(p.collectives.items()))
     return [
         f"{name}: arguments {p.arguments / GIB:.2f}, temporaries {p.temporaries / GIB:.2f}, "
-        f"peak {p.peak / GIB:.2f} GiB ({p.peak / report.memory:.0%}); compiled in {p.compile_seconds:.0f} s",
+        f"peak {p.peak / GIB:.2f} GiB ({p.peak / memory:.0%}); compiled in {p.compile_seconds:.0f} s",
         f"  useful {p.useful / 1e12:.2f}, executed {p.executed / 1e12:.2f} TFLOP, ratio {_ratio(p):.2f}",
         f"  {moved or 'no collectives'}; largest gather {p.largest_gather[0] / 2**20:.0f} MiB",
         "  " + ", ".join(f"{key} {value:.3f} s" for key, value in p.times.items()) + f": bound by {bound}",

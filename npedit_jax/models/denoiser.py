@@ -22,6 +22,7 @@ from npedit_jax.models import layers, lora, positions
 TIME_FREQUENCIES, TIME_HIDDEN, TIME_WIDTH = 256, 1024, 256
 TIME_PERIOD = 10000.0
 QK_NORM_EPSILON, FINAL_NORM_EPSILON = 1e-5, 1e-6
+CHUNK = 2048  # most tokens of a long sequence that the MLP takes at a time
 
 # Reading x0 as a velocity divides by the time; below this time the velocity is damped instead of blown up.
 SMALLEST_DIVISOR = 0.05
@@ -56,13 +57,9 @@ class Attention(nn.Module):
         def project(name: str) -> jax.Array:
             return _dense(width, name, *types)(x_BSD).reshape(*x_BSD.shape[:2], self.heads, width // self.heads)
 
-        def place(name: str, x_BSKA: jax.Array) -> jax.Array:
-            x_BSKA = layers.RMSNorm(QK_NORM_EPSILON, jnp.float32, self.param_dtype, name=name)(x_BSKA)
-            return positions.rotate(x_BSKA, rotation).astype(self.dtype)
-
         x_BSKA = layers.attention(
-            place("query_norm", project("query")),
-            place("key_norm", project("key")),
+            RotaryNorm(*types, name="query_norm")(project("query"), rotation),
+            RotaryNorm(*types, name="key_norm")(project("key"), rotation),
             project("value"),
             mask_B11S,
             implementation=self.implementation,
@@ -70,14 +67,52 @@ class Attention(nn.Module):
         return _dense(width, "out", *types)(x_BSKA.reshape(x_BSD.shape))
 
 
+class RotaryNorm(nn.Module):
+    """`rotate(RMSNorm(x))` of query or key heads, computed in float32 and returned in `dtype`.
+
+    The norm's scale is put into the tables, so that neighbours change places in the type in which `x` comes.
+    """
+
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BSKA: jax.Array, rotation: positions.Rotation) -> jax.Array:
+        scale_A = self.param("scale", nn.initializers.ones_init(), (x_BSKA.shape[-1],), self.param_dtype)
+        scale_111A = scale_A.astype(jnp.float32)[None, None, None]
+        scaled = (rotation[0] * scale_111A, rotation[1] * positions.swap(scale_111A))
+        mean_square_BSK1 = jnp.mean(jnp.square(x_BSKA.astype(jnp.float32)), axis=-1, keepdims=True)
+        turned_BSKA = positions.rotate(x_BSKA, scaled) * jax.lax.rsqrt(mean_square_BSK1 + QK_NORM_EPSILON)
+        return turned_BSKA.astype(self.dtype)
+
+
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) with a hidden width of 8/3 of the model's, rounded down."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) with a hidden width of 8/3 of the model's, rounded down.
+
+    `layers.LONG` tokens and more are taken some at a time, for the hidden width of all would be most of the memory.
+    """
 
     dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        if x_BSD.shape[1] < layers.LONG:
+            return self._apply(x_BSD)
+        scan = nn.scan(
+            lambda module, _, x_BSD: (None, module._apply(x_BSD)),
+            variable_broadcast=("params", "lora"),
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        batch, length, width = x_BSD.shape
+        chunks = -(-length // CHUNK)
+        x_BSD = jnp.pad(x_BSD, ((0, 0), (0, -length % chunks), (0, 0)))
+        _, x_BNSD = scan(self, None, x_BSD.reshape(batch, chunks, -1, width))
+        return x_BNSD.reshape(batch, -1, width)[:, :length]
+
+    def _apply(self, x_BSD: jax.Array) -> jax.Array:
         types = (self.dtype, self.param_dtype)
         width = x_BSD.shape[-1]
         hidden = int(width / 3 * 8)

@@ -219,9 +219,10 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """Token ids [B, S] -> embeddings [B, S, D] in `dtype`."""
-        # Each device looks all ids up in its columns of the table, then samples and columns change places: without the
-        # first line XLA gathers the table.
-        x_BSD = parallel.constrain(self.embedding(token_ids), None, None, parallel.SPLIT)
+        # Each device looks its copy's samples up in its columns of the table, then samples and columns change places:
+        # left to itself XLA gathers the table, or the samples of all copies.
+        token_ids = parallel.constrain(token_ids, "data", None)
+        x_BSD = parallel.constrain(self.embedding(token_ids), "data", None, parallel.SPLIT)
         return parallel.constrain_batch(x_BSD)
 
     def __call__(self, embeddings_BSD: jax.Array, positions_BS: jax.Array, mask_BSS: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from npedit_jax import flops
+
 Rotation = tuple[jax.Array, jax.Array]
 SINUSOID_PERIOD = 10000.0
 
@@ -39,11 +41,18 @@ def rotation(positions_BSR: jax.Array, widths: Sequence[int], lengths: Sequence[
 def rotate(x_BSKA: jax.Array, rotation: Rotation) -> jax.Array:
     """Turns the pairs (2i, 2i + 1) of each head by the angles of `rotation`; computed and returned in float32."""
     cosine_BS1A, sine_BS1A = rotation
-    x_BSKA = x_BSKA.astype(jnp.float32)
-    # Swapping neighbours by two lane rotations keeps A innermost; a trailing axis of 2 would be padded 64-fold on TPU.
-    first_A = (np.arange(x_BSKA.shape[-1]) % 2 == 0)[None, None, None, :]
-    swapped_BSKA = jnp.where(first_A, jnp.roll(x_BSKA, -1, axis=-1), jnp.roll(x_BSKA, 1, axis=-1))
-    return x_BSKA * cosine_BS1A + swapped_BSKA * sine_BS1A
+    return x_BSKA.astype(jnp.float32) * cosine_BS1A + swap(x_BSKA).astype(jnp.float32) * sine_BS1A
+
+
+def swap(x: jax.Array) -> jax.Array:
+    """Lets neighbours 2i and 2i + 1 of the last axis change places.
+
+    A product with a matrix of zeros and ones, exact at full precision: on TPU it costs half a percent of a layer, while
+    slices and rolls inside a tile are written out, as float32 more than all else in the attention of a long sequence.
+    """
+    places = np.eye(x.shape[-1])[np.arange(x.shape[-1]) ^ 1]
+    with jax.named_scope(flops.REORDERING):
+        return jnp.matmul(x, jnp.asarray(places, x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def joint_positions(grid: tuple[int, int, int], sizes: tuple[int, int], padded_B: jax.Array) -> jax.Array:

@@ -2,10 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from npedit_jax import flops
 from npedit_jax.compilation import hlo
+from npedit_jax.models import positions
+from npedit_jax.models.denoiser import Denoiser
+from npedit_jax.training import networks
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 # ruff: noqa: E501
@@ -19,12 +23,19 @@ TPU = """HloModule jit_f, is_scheduled=true
   ROOT %out = bf16[8,16]{1,0:T(8,128)(2,1)} bitcast(%slice)
 }
 
+%outer (param_0.1: bf16[30,8,16], param_1.1: s32[]) -> bf16[8,16] {
+  %param_0.1 = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.1 = s32[]{:T(128)} parameter(1)
+  %renamed = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} bitcast(%param_0.1)
+  ROOT %inner = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%renamed, %param_1.1), kind=kLoop, calls=%fused
+}
+
 %body (p: (s32[], bf16[30,8,16], bf16[4,64])) -> (s32[], bf16[30,8,16], bf16[4,64]) {
   %p = (s32[]{:T(128)}, bf16[30,8,16]{2,1,0}, bf16[4,64]{1,0}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %stack = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
   %x = bf16[4,64]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
-  %layer = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%stack, %i), kind=kLoop, calls=%fused
+  %layer = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%stack, %i), kind=kLoop, calls=%outer
   %whole = bf16[64,16]{1,0:T(8,128)(2,1)} all-gather(%layer), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(f)/gather"}
   %y = bf16[4,16]{1,0:T(8,128)(2,1)} convolution(%x, %whole), dim_labels=bf_io->bf
   %k = bf16[4,64]{1,0:T(8,128)(2,1)} custom-call(%y), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"body": "abc",
@@ -59,8 +70,50 @@ def test_a_loop_of_the_tpu_compiler_is_counted_by_its_length():
     (gather,) = work.collectives
     assert (gather.kind, gather.axes, gather.group, gather.times) == ("all-gather", ("fsdp",), 8, 4)
     assert gather.bytes == 64 * 16 * 2 and gather.moved == pytest.approx(4 * 64 * 16 * 2 * 7 / 8)
-    fusion = 2 * 8 * 16 * 2
-    assert work.traffic % 4 == 0 and fusion < work.traffic / 4 < 30 * 8 * 16 * 2
+    layer, whole, x, y = 8 * 16 * 2, 64 * 16 * 2, 4 * 64 * 2, 4 * 16 * 2
+    scalars = 4 + 3 * 4 + 2 * 4 + 1  # the layer's number, the addition; the comparison runs once more
+    products = (layer + whole) + (x + whole + y) + (y + x)
+    assert work.traffic == pytest.approx(4 * (2 * layer + products + scalars), abs=4 * 16)
+
+
+STARTED = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: s8[1024], b: f32[64,64], c: s32[32]) -> f32[64,64] {
+  %a = s8[1024]{0:T(1024)(128)(4,1)} parameter(0)
+  %b = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %c = s32[32]{0:T(128)} parameter(2)
+  INSTRUCTION
+  ROOT %copy = f32[64,64]{1,0:T(8,128)S(1)} copy-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        # Into the vector memory: a part of an array, and a whole one.
+        ("((s8[1024]{0:T(1024)}), s8[256]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:256]}", 256),
+        ("(f32[64,64]{1,0:T(8,128)S(1)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)", 64 * 64 * 4),
+        ("(f32[64,64]{0,1:T(8,128)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)", 2 * 64 * 64 * 4),
+        ("(s32[32]{0}, s32[32]{0:S(1)}, u32[], u32[]) collective-permute-start(%c), source_target_pairs={{0,1}}", 128),
+        ("(s32[32]{0}, s32[256]{0}) all-gather-start(%c), replica_groups={{0,1,2,3,4,5,6,7}}", 128 + 1024),
+        ('f32[64,64]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        ('f32[64,64]{1,0:T(8,128)} custom-call(%b), custom_call_target="tpu_custom_call"', 2 * 64 * 64 * 4),
+        ("s32[32]{0} all-reduce-start(%c), replica_groups={{0,1}}, to_apply=%add", 128 + 128),
+    ],
+)
+def test_what_runs_beside_the_computation_counts_what_it_reads_and_writes(instruction, moved):
+    """Its results name its operands too, and hold counters."""
+    text = STARTED.replace("INSTRUCTION", f"%start = {instruction}")
+    assert hlo.Program(text).work({"data": 1, "fsdp": 8, "tensor": 1}).traffic == moved
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("s8", 8), ("s32", 32), ("u4", 4), ("bf16", 16), ("f8e4m3fn", 8), ("pred", 8), ("c64", 64), ("token", 0)],
+)
+def test_sizes_of_elements(dtype, bits):
+    assert hlo.Array(dtype, (16,), "").bytes == 16 * bits // 8
 
 
 def test_a_loop_without_an_end_is_an_error():
@@ -139,3 +192,26 @@ def test_rematerialisation_shows():
 
 def test_what_no_result_needs_is_not_counted():
     assert flops.useful(lambda x: (x @ x, x + 1)[1], jax.ShapeDtypeStruct((8, 8), jnp.float32)) == 0
+
+
+def test_putting_numbers_in_another_order_is_not_needed():
+    """Neither forward nor backward, nor inside a loop."""
+    x = jax.ShapeDtypeStruct((5, 8, 16), jnp.bfloat16)
+    layer = lambda x: jnp.sin(positions.swap(x))  # noqa: E731
+    looped = lambda x: jnp.sum(jax.lax.scan(lambda c, x: (c + layer(x), None), x[0], x)[0])  # noqa: E731
+    assert flops.useful(jax.grad(looped), x) == 0
+    np.testing.assert_array_equal(positions.swap(jnp.arange(6.0)), [1, 0, 3, 2, 5, 4])
+
+
+def test_the_full_size_denoiser_needs_what_its_layers_add_up_to():
+    """At 1024 x 1024 pixels, 64 x 64 patches and a caption of 512 tokens."""
+    module, width, hidden = Denoiser(), 3840, 10240
+    inputs = [(1, 128, 128, 16), (1,), (1, 512, 2560), (1, 512)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    found = flops.useful(
+        lambda params, *x: module.apply({"params": params}, *x), networks.shapes("zimage", module), *shapes
+    )
+    layer = lambda n: 2 * n * (4 * width**2 + 3 * width * hidden) + 4 * n**2 * width  # noqa: E731
+    around = 2 * 512 * 2560 * width + 2 * 2 * 64**2 * 64 * width
+    modulation = 2 * 256 * (32 * 4 * width + width + 1024) + 2 * 256 * 1024
+    assert found == 30 * layer(64**2 + 512) + 2 * layer(64**2) + 2 * layer(512) + around + modulation

@@ -1,5 +1,6 @@
 """The TPU compiler on a machine without TPU, where libtpu is installed: meshes, collectives, flags, the kernel."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -95,3 +96,50 @@ def test_unknown_size_is_told_in_one_line():
     command = [sys.executable, "-m", "npedit_jax.compile", "--config=configs/zimage/warmup.py", "--topology=v5p:3x5x7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "compile: no TPU compiler for v5p:3x5x7" in done.stderr
+
+
+def test_ids_are_looked_up_within_a_copy_of_the_table():
+    """No device sees other copies' samples, forward or backward; only the table's gradient is summed over copies."""
+    run("""
+from npedit_jax.models.language import Decoder
+mesh = parallel.make_mesh(4, -1, 1, chips.devices_of("v5e:4x4"))
+types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+decoder = Decoder(vocabulary=1500, width=512, layers=1, heads=4, kv_heads=4, head_width=128, mlp_width=512, **types)
+place = parallel.parameter_sharding(mesh, "embedding/embedding", (1500, 512))
+table = jax.ShapeDtypeStruct((1500, 512), jnp.bfloat16, sharding=place)
+ids = jax.ShapeDtypeStruct((32, 64), jnp.int32, sharding=parallel.batch_sharding(mesh))
+embed = lambda table, ids: decoder.apply({"params": {"embedding": {"embedding": table}}}, ids, method="embed")
+loss = lambda table, ids: jnp.sum(jnp.sin(embed(table, ids).astype(jnp.float32)))
+with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.grad(loss), out_shardings=place).lower(table, ids).compile()
+found = hlo.Program(compiled.as_text()).work(mesh.shape).collectives
+assert {c.axes for c in found if c.kind != "all-reduce"} == {("fsdp",)}, found
+assert max(c.bytes for c in found if c.kind != "all-reduce") <= 8 * 64 * 512 * 2, found
+assert {(c.axes, c.shape) for c in found if c.kind == "all-reduce"} == {(("data",), (1500, 128))}, found
+""")
+
+
+def test_state_in_the_hosts_memory_is_brought_in_by_the_program():
+    run("""
+mesh = parallel.make_mesh(1, 4, 1, chips.devices_of("v5e:2x2"))
+there = NamedSharding(mesh, P("fsdp"), memory_kind="pinned_host")
+x = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=there)
+program = jax.jit(lambda x: parallel.on_devices(x) * 2.0, out_shardings=there, donate_argnums=0)
+with jax.set_mesh(mesh):
+    memory = program.lower(x).compile().memory_analysis()
+assert memory.host_argument_size_in_bytes == 4096 * 1024 and memory.argument_size_in_bytes == 0, memory
+assert memory.host_output_size_in_bytes == 4096 * 1024, memory
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "fits"), [("64x64", True), ("16384x16384", False)])
+def test_the_tool_tells_by_its_status_whether_a_run_fits(tmp_path, size, fits):
+    (tmp_path / "config.py").write_text("from tests.training.test_adapted import config as get_config\n")
+    command = [sys.executable, "-m", "npedit_jax.compile", f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.batch_size=4", "--only=sample"]
+    command += [f"--size={size}", f"--json={tmp_path / 'report.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == (0 if fits else 1), done.stderr
+    assert ("does not fit on v5e:2x2" in done.stderr) == ("DOES NOT FIT: sample" in done.stdout) == (not fits)
+    assert json.loads((tmp_path / "report.json").read_text())["fits"] == fits

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from npedit_jax import weights
-from npedit_jax.models import positions
-from npedit_jax.models.denoiser import Denoiser, TimeEmbedding
+from npedit_jax.models import denoiser, layers, positions
+from npedit_jax.models.denoiser import MLP, Denoiser, TimeEmbedding
 from npedit_jax.weights import zimage
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "A"
@@ -176,6 +176,25 @@ def test_rotate_turns_pairs_as_complex_numbers(golden, loaded):
     expected = (x[..., ::2] + 1j * x[..., 1::2]) * phase
     actual = np.asarray(positions.rotate(x, turn))
     np.testing.assert_allclose(actual[..., ::2] + 1j * actual[..., 1::2], expected, atol=1e-5)
+
+
+def test_long_sequences_go_through_the_mlp_some_tokens_at_a_time(monkeypatch):
+    """50 tokens in four parts of 13, the last two padding: the same parameters, values and gradients."""
+    mlp = MLP(jnp.float32, jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, 24)), jnp.float32)
+
+    def everything():
+        params = mlp.init(jax.random.key(0), x)
+        loss = lambda params, x: jnp.sum(jnp.sin(mlp.apply(params, x)))  # noqa: E731
+        return params, mlp.apply(params, x), jax.grad(loss, argnums=(0, 1))(params, x)
+
+    expected = everything()
+    assert "while" not in jax.jit(mlp.apply).lower(expected[0], x).as_text()
+    monkeypatch.setattr(layers, "LONG", 50)
+    monkeypatch.setattr(denoiser, "CHUNK", 16)
+    found = everything()
+    assert "while" in jax.jit(lambda *x: mlp.apply(*x)).lower(expected[0], x).as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_time_embedding_is_the_original(golden, loaded):

@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ import optax
 from jax.experimental import multihost_utils
 
 from npedit_jax import parallel
-from npedit_jax.training import edit_step, hosts, optimizer, state, steps
+from npedit_jax.models.denoiser import Denoiser
+from npedit_jax.training import edit_step, hosts, networks, optimizer, state, steps
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.edit_losses import EditSettings
 from tests.training.test_outer_step import recording
@@ -114,7 +116,8 @@ def assert_close(found: Any, expected: Any, what: str) -> None:
 def main(directory: str, names: list[str]) -> None:
     """Compares losses, gradients and restored checkpoints of the named meshes with one device's."""
     one = parallel.make_mesh(1, 1, 1, jax.local_devices()[:1])
-    _, expected, expected_gradients = run(one)
+    two = parallel.make_mesh(1, 2, 1, jax.local_devices()[:2])
+    begun, expected, expected_gradients = run(one)
     assert {int(row["unroll"]) for row in expected} == {2}
     for name in names:
         sizes = MESHES[name]
@@ -131,7 +134,21 @@ def main(directory: str, names: list[str]) -> None:
         assert parts_of_kernel == sizes[1] * sizes[2], (name, kernel.sharding)
         if jax.process_count() > 1:
             continue
-        restore_elsewhere(f"{directory}/{name}", end, [one, *(parallel.make_mesh(*s) for s in MESHES.values())])
+        initialise_in_parts(mesh)
+        meshes = [one, two, *(parallel.make_mesh(*sizes) for sizes in MESHES.values())]
+        restore_elsewhere(f"{directory}/{name}", end, meshes)
+        restore_elsewhere(f"{directory}/from one to {name}", begun, [mesh])
+
+
+def initialise_in_parts(mesh: jax.sharding.Mesh) -> None:
+    """No device ever holds a network whole while it is made: by the compiler's count of a device's memory."""
+    module = Denoiser(width=384, heads=3, depth=30)
+    compiled = lambda make, shardings, rng: jax.jit(make, out_shardings=shardings).lower(rng).compile()  # noqa: E731
+    with mock.patch.object(parallel, "place", compiled):
+        memory = networks.initialise("zimage", module, jax.random.key(0), mesh).memory_analysis()
+    whole = sum(4 * x.size for x in jax.tree.leaves(networks.shapes("zimage", module)))
+    held = memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert held < 1.5 * whole / (mesh.shape["fsdp"] * mesh.shape["tensor"]), (held, whole)
 
 
 def restore_elsewhere(directory: str, saved: state.TrainState, meshes: list[jax.sharding.Mesh]) -> None:

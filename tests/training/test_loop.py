@@ -1,5 +1,6 @@
 """A run end to end on a small autoencoder: its files, exact resumption, and the refusal to mix two runs."""
 
+import dataclasses
 import json
 
 import jax
@@ -50,6 +51,16 @@ def test_files_of_a_run(whole):
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == ["4", "6"]
     assert any((workdir / "tensorboard").iterdir())
+
+
+def test_hidden_transfer_in_a_step_is_an_error(tmp_path):
+    config = autoencoder_config()
+    workdirs.open_run(tmp_path, config)
+    add = jax.jit(lambda x: x + 1)
+    careless = lambda state, frozen, batch, rng: (state, {"loss": add(np.ones(3))})  # noqa: E731
+    stage = dataclasses.replace(stages.build(config), step=careless)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        loop.run(config, stage, tmp_path)
 
 
 def test_training_lowers_the_loss(whole):

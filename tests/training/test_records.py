@@ -111,6 +111,34 @@ def test_too_many_bad_records_end_the_run(directory, stage, tmp_path):
     assert untimed(tmp_path / "run")[-1]["step"] == done
 
 
+def test_nothing_is_compiled_after_the_first_step_of_a_bucket(directory, tmp_path):
+    settings = config(directory)
+    settings.data.buckets, settings.steps, settings.checkpoint.every = record_sets.BUCKETS[:2], 8, 100
+    made, compiled, ended, sizes = stages.build(settings), [], [], []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append((len(sizes), len(ended)))
+
+    def step(state, frozen, batch, rng):
+        sizes.append(batch["reference"].shape[1:3])
+        result = made.step(state, frozen, batch, rng)
+        ended.append(len(sizes))
+        return result
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(settings, dataclasses.replace(made, step=step), tmp_path / "run")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert set(sizes) == set(record_sets.BUCKETS[:2])
+    assert max(sizes.count(size) for size in set(sizes)) > 2
+    in_steps = {begun for begun, ended in compiled if begun > ended}
+    assert in_steps == {sizes.index(size) + 1 for size in set(sizes)}, (sizes, compiled)
+    # The key of a step, and what sums up a checkpoint.
+    assert {begun for begun, ended in compiled if begun == ended} <= {0, 8}, (sizes, compiled)
+
+
 def test_samples_of_weight_zero_change_nothing():
     losses, weight = jnp.array([1.0, 5.0, 3.0]), jnp.array([1.0, 0.0, 1.0])
     assert steps.average(losses, weight) == 2.0
