@@ -8,6 +8,7 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"  # the small networks gain nothing from an accelerator
 # With glibc, memory of one step is kept for the next instead of going back to the system: 10 to 15 % of a step.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" MALLOC_TOP_PAD_=268435456
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184

@@ -139,7 +139,9 @@ def test_the_tool_tells_by_its_status_whether_a_run_fits(tmp_path, size, fits):
     command = [sys.executable, "-m", "npedit_jax.compile", f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2"]
     command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.batch_size=4", "--only=sample"]
     command += [f"--size={size}", f"--json={tmp_path / 'report.json'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == (0 if fits else 1), done.stderr
     assert ("does not fit on v5e:2x2" in done.stderr) == ("DOES NOT FIT: sample" in done.stdout) == (not fits)
     assert json.loads((tmp_path / "report.json").read_text())["fits"] == fits
