@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "base"
     config.seed = 0
-    config.steps = 7000
-    config.batch_size = 32
+    config.steps = 9000
+    config.batch_size = 16
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
@@ -60,11 +60,10 @@ def get_config() -> ConfigDict:
             options=dict(fraction=1.0, caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.3),
         )
     )
-    config.step = ConfigDict(dict(ema=0.995, skip_norm=1000.0, time_shift=3.0, weighting="time", endpoint=0.0))
-    rates = dict(denoiser=6e-3, text_encoder=3e-3)
+    config.step = ConfigDict(dict(ema=0.995, skip_norm=1000.0, time_shift=3.0, weighting="clean", endpoint=0.0))
+    rates = dict(denoiser=1e-2, text_encoder=5e-3)
     muon = dict(
         name="muon",
-        adam_factor=1.0,
         final_learning_rate=1e-4,
         warmup_steps=50,
         b1=0.95,
@@ -76,7 +75,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(steps=12, time_shift=3.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
-    config.checkpoint = ConfigDict(dict(every=500, keep=2))
+    config.checkpoint = ConfigDict(dict(every=1000, keep=2))
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
     config.log = ConfigDict(dict(every=20, preview_every=1000, wandb_project="", profile_steps=()))

@@ -11,9 +11,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "npedit"
     config.seed = 0
-    config.steps = 600
+    config.steps = 500
     config.batch_size = 16
-    config.fake_updates = 2  # per student update; 5 in the release, 10 in the paper
+    config.fake_updates = 1  # per student update; 5 in the release, 10 in the paper
     config.separate_steps = False
     config.cpu_devices = 1
 
@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     )
     muon = dict(
         name="muon",
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         final_learning_rate=1e-4,
         warmup_steps=10,
         b1=0.9,

@@ -66,7 +66,17 @@ def time_weight(t_B: jax.Array) -> jax.Array:
     return t_B
 
 
-LOSS_WEIGHTS = {"uniform": jnp.ones_like, "logit_normal": logit_normal_weight, "time": time_weight}
+def clean_weight(t_B: jax.Array) -> jax.Array:
+    """Loss weight `t^2`: the velocity's error times this is the error of the x0 that it implies."""
+    return jnp.square(t_B)
+
+
+LOSS_WEIGHTS = {
+    "uniform": jnp.ones_like,
+    "logit_normal": logit_normal_weight,
+    "time": time_weight,
+    "clean": clean_weight,
+}
 
 
 def velocity_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:

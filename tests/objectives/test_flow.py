@@ -49,3 +49,12 @@ def test_velocity_loss_is_per_sample_and_zero_at_the_truth():
     x0, noise = _latents(0), _latents(1)
     velocity = (noise - x0).at[1].add(2.0)
     np.testing.assert_allclose(flow.velocity_loss(velocity, x0, noise), [0.0, 4.0, 0.0], atol=1e-5)
+
+
+def test_clean_weight_makes_the_velocity_error_that_of_x0():
+    x0, noise, velocity = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 2))
+    t = jnp.array([0.2, 0.9])
+    x_t = flow.add_noise(x0, noise, t)
+    error = jnp.mean(jnp.square(flow.clean_from_velocity(x_t, velocity, t) - x0), axis=(1, 2, 3))
+    weighted = flow.velocity_loss(velocity, x0, noise) * flow.LOSS_WEIGHTS["clean"](t)
+    np.testing.assert_allclose(weighted, error, rtol=1e-5)
