@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ class Training:
         words = ["train", f"--workdir={workdir}", *arguments]
         self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), before))
         self.process.start()
+        weakref.finalize(self, self.process.kill)  # where a test fails, it may run on
 
     def wait(self, seconds: float = 120.0) -> int:
         """The exit status, minus the signal where one ended it."""
