@@ -9,7 +9,7 @@ import pytest
 from npedit_jax import chips, parallel
 from npedit_jax.compilation import programs, report
 from npedit_jax.training import stages
-from tests.training.test_adapted import config as adapted_config
+from tests.training.tiny_networks import lora_config as adapted_config
 
 CHIP = chips.CHIPS["v5e"]
 

@@ -135,7 +135,7 @@ assert memory.host_output_size_in_bytes == 4096 * 1024, memory
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "fits"), [("64x64", True), ("16384x16384", False)])
 def test_the_tool_tells_by_its_status_whether_a_run_fits(tmp_path, size, fits):
-    (tmp_path / "config.py").write_text("from tests.training.test_adapted import config as get_config\n")
+    (tmp_path / "config.py").write_text("from tests.training.tiny_networks import lora_config as get_config\n")
     command = [sys.executable, "-m", "npedit_jax.compile", f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2"]
     command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.batch_size=4", "--only=sample"]
     command += [f"--size={size}", f"--json={tmp_path / 'report.json'}"]

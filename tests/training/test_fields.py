@@ -3,8 +3,8 @@
 import pytest
 
 from npedit_jax.training import fields, stages
-from tests.training.test_adapted import config as adapted_config
 from tests.training.tiny import autoencoder_config
+from tests.training.tiny_networks import lora_config as adapted_config
 
 
 @pytest.mark.parametrize("make", [autoencoder_config, adapted_config])

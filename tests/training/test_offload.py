@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from npedit_jax.training import loop, previews, stages, workdirs
-from tests.training.test_adapted import config as make_config
+from tests.training.tiny_networks import lora_config as make_config
 
 
 def kinds(tree) -> set[str]:
