@@ -34,6 +34,7 @@ setuptools.setup(
         "pillow>=11",
         "protobuf>=5",
         "safetensors>=0.5",
+        "scipy",
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
         "tqdm",

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "base"
     config.seed = 0
-    config.steps = 9000
+    config.steps = 16000
     config.batch_size = 16
     config.cpu_devices = 1
 
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
             # The empty picture and other places of the shape are what a pretrained text-to-image model would know.
-            options=dict(fraction=1.0, caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.3),
+            options=dict(fraction=1.0, caption_dropout=0.1, plain_share=0.08, redraw=0.3, instruction_share=0.15),
         )
     )
     config.step = ConfigDict(dict(ema=0.995, skip_norm=1000.0, time_shift=3.0, weighting="clean", endpoint=0.0))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy import ndimage
 
 from npedit_jax.data import easyvqa, easyvqa_edits
 from npedit_jax.data import questions as questions_lib
@@ -19,13 +20,14 @@ from npedit_jax.data.easyvqa import Edit, Shape
 from npedit_jax.data.easyvqa_edits import Scene
 
 EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
-CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.1, "fade": 0.22, "morph": 0.1, "part": 0.1, "wrong": 0.18, "soft": 0.1}
+CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.1, "fade": 0.2, "morph": 0.2, "part": 0.08, "wrong": 0.16, "soft": 0.06}
 UNRELATED_SHARE = 0.1  # candidates that show another image: from them comparing is learned first
 IDENTITY_WEIGHT = 2.0  # comparing images is the hardest of all that is asked
 VQA_SHARE = 0.35
 SIDE_EFFECT_SHARE = 0.5
 REMOVAL_SHOWN_ALONE = 0.6  # of the removals, the rest shows both images
 SURE = 0.98  # no answer is certain
+BLUNT = 0.75  # share of the way to a new outline up to which it is rather none of the classes
 # Mean absolute change outside the edit, 0 to 255: below the first all is the same, above the second it is not.
 SAME, CHANGED = 2.0, 9.0
 
@@ -195,8 +197,11 @@ def candidate(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
         crisp = falls(sigma, 0.6, 1.8) if edit.edit_type == "replace" else falls(sigma, 1.5, 3.5)
         return Candidate(blur(after, sigma), crisp, 0.0, 0.5 + 0.5 * crisp)
     if kind == "morph" and edit.edit_type == "replace":
-        share = rng.random()
-        return Candidate(np.float32(morph(scene, goal_scene, share).render()), rises(share), 0.0)
+        # Blunt outlines are what an editor makes first: on the way from the old class, or from the third one.
+        others = [kind for kind in easyvqa.CLASSES if kind != edit.target.kind]
+        share, kind = rng.random(), pick(others, rng)
+        start = scene if kind == scene.kind else scene.replaced(kind)
+        return Candidate(np.float32(morph(start, goal_scene, share).render()), sharp(share), 0.0)
     return Candidate(after, 1.0, 0.0, shape=edit.target)
 
 
@@ -215,15 +220,17 @@ def goal(scene: Scene, edit: Edit, rng: np.random.Generator) -> Scene:
 
 
 def morph(scene: Scene, goal_scene: Scene, share: float) -> Scene:
-    """An outline on the way from one shape to the other: the middle one of two soft-edged areas, crisp again."""
-    old, new = (
-        Image.fromarray(to_uint8(255 * x.alpha)).filter(ImageFilter.GaussianBlur(4)) for x in (scene, goal_scene)
-    )
-    field = ((1 - share) * np.float32(old) + share * np.float32(new)) / 255
-    between = np.clip(0.5 + 8.0 * (field - 0.5), 0.0, 1.0)
-    # Blurring rounds the corners; near the goal they come back.
-    near = np.clip((share - 0.7) / 0.3, 0.0, 1.0)
-    return dataclasses.replace(goal_scene, alpha=np.float32((1 - near) * between + near * goal_scene.alpha))
+    """An outline on the way from one shape to the other, as crisp as they are; on the way its corners are blunt."""
+    height = (1.0 - share) * inside(scene.alpha) + share * inside(goal_scene.alpha)
+    return dataclasses.replace(goal_scene, alpha=np.float32(np.clip(height + 0.5, 0.0, 1.0)))
+
+
+def inside(alpha: np.ndarray) -> np.ndarray:
+    """How far each pixel lies inside the outline, in pixels; negative outside."""
+    shape = alpha >= 0.5
+    edge = np.where((alpha > 0.0) & (alpha < 1.0), alpha - 0.5, 0.0)
+    far = ndimage.distance_transform_edt(shape) - ndimage.distance_transform_edt(~shape)
+    return far - 0.5 * np.sign(far) + edge
 
 
 def wrong_nothing(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
@@ -355,6 +362,12 @@ def on_ground(pixels: np.ndarray, scene: Scene) -> np.ndarray:
 def rises(share: float) -> float:
     """Answer to a share of an edit, a straight line in the logit: as steep at the copy as anywhere else."""
     return float(1.0 / (1.0 + np.exp(4.0 - 8.0 * share)))
+
+
+def sharp(share: float) -> float:
+    """Answer to a share of a new outline: as long as its corners are blunt it is not the shape that was asked for."""
+    logit = np.interp(share, (0.0, BLUNT, 1.0), (-4.0, 0.0, 4.0))
+    return float(1.0 / (1.0 + np.exp(-logit)))
 
 
 def falls(value: float, good: float, bad: float) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from npedit_jax.data import easyvqa, easyvqa_edits, questions, scorer_pairs
 from npedit_jax.evaluation import easyvqa_judge
@@ -121,6 +122,26 @@ def test_more_of_the_edit_is_a_surer_yes():
     assert np.all(np.diff(answers) > 0) and answers[0] < 0.02 and answers[-1] > 0.98
     logits = np.log(answers) - np.log1p(-np.array(answers))
     np.testing.assert_allclose(np.diff(logits), 0.4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", easyvqa.CLASSES)
+def test_outlines_on_the_way_are_crisp_and_those_far_from_both_are_of_no_class(kind, source, data):
+    """As the pixel judge reads them; how sure the answer is rises all the way."""
+    known, strays = {True: [], False: []}, []
+    for index in (i for i, shape in enumerate(data.shapes) if shape.kind != kind):
+        scene = source.scene(index)
+        goal = scene.replaced(kind)
+        for share in (0.0, 0.4, 0.9):
+            image = scorer_pairs.to_uint8(np.float32(scorer_pairs.morph(scene, goal, share).render()))
+            neither = np.minimum(*(np.abs(image - rgb).sum(-1) for rgb in (scene.ground, scene.rgb))) > 40
+            mask = easyvqa_judge.read(image).mask
+            rim = ndimage.binary_dilation(mask) & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)
+            strays.append((neither & ~rim).sum())
+            known[share == 0.9].append(easyvqa_judge.read(image).kind == kind)
+    assert np.mean(strays) < 0.5, "an outline is a line of pixels, not a ramp"
+    assert np.mean(known[True]) > 0.85 and np.mean(known[False]) < 0.05
+    answers = [scorer_pairs.sharp(share) for share in np.linspace(0, 1, 20)]
+    assert answers == sorted(answers) and answers[8] < 0.2 and answers[-2] > 0.9
 
 
 def test_side_effects_lower_the_identity_answer_by_how_much_changed(source):
