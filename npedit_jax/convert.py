@@ -14,7 +14,7 @@ from etils import epath
 
 from npedit_jax import weights
 from npedit_jax.weights import converted
-from npedit_jax.weights.saving import copy_tokenizer
+from npedit_jax.weights.saving import check_new, copy_tokenizer
 
 
 def convert(kind: str, source: epath.PathLike, output: epath.PathLike, dtype: str | None = None) -> int:
@@ -33,8 +33,7 @@ def convert(kind: str, source: epath.PathLike, output: epath.PathLike, dtype: st
       FileNotFoundError, ValueError: the source is not such a directory, see `weights.load`, or is converted already.
     """
     source, output = epath.Path(source), epath.Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty; give a new directory, or delete this one first")
+    check_new(output)
     if converted.is_converted(source):
         raise ValueError(f"{source} is converted already; give a directory in the Hugging Face layout")
     _, params = weights.load(kind, source, dtype=dtype)

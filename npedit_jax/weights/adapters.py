@@ -6,7 +6,6 @@ one by one.
 """
 
 import json
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import safetensors.numpy
 from etils import epath
 
 from npedit_jax.models import lora
-from npedit_jax.weights import kinds
+from npedit_jax.weights import kinds, saving
 from npedit_jax.weights.safetensors_io import Planned, write_file
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -71,8 +70,7 @@ def save(
       ValueError: as `to_peft`.
     """
     directory = epath.Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; give a new directory, or delete this one first")
+    saving.check_new(directory)
     stored = jnp.dtype(dtype)
     tensors = {name: value.astype(stored) for name, value in to_peft(kind, module, adapters).items()}
     planned = [Planned(name, stored, value.shape) for name, value in tensors.items()]
@@ -87,17 +85,9 @@ def save(
         "bias": "none",
         "inference_mode": True,
     }
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir(parents=True)
-    try:
+    with saving.appearing_whole(directory) as temporary:
         write_file(temporary / FILE, planned, iter(tensors.values()))
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        if directory.exists():
-            directory.rmdir()
-        temporary.rename(directory)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
 
 
 def load(

@@ -1,6 +1,7 @@
 """Writing a Flax module as a Hugging Face checkpoint: the exact inverse of loading, streamed tensor by tensor."""
 
 import collections
+import contextlib
 import functools
 import json
 import uuid
@@ -50,8 +51,7 @@ def save(
       ValueError: parameters and table do not match one to one; the message lists all that do not.
     """
     directory = epath.Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; give a new directory, or delete this one first")
+    check_new(directory)
     planned, values = source_tensors(kind, module, params, dtype)
     shards = split_shards(planned, max_shard_bytes)
     if jax.process_index() == 0:
@@ -74,6 +74,27 @@ def source_tensors(
     tensors = _group(table)
     planned = [_plan(name, pieces, flat, dtype) for name, pieces in tensors.items()]
     return planned, (_value(tensors[tensor.name], flat, tensor.dtype) for tensor in planned)
+
+
+def check_new(directory: epath.Path) -> None:
+    """Raises FileExistsError where there is a file, or a directory with content."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} is not empty; give a new directory, or delete this one first")
+
+
+@contextlib.contextmanager
+def appearing_whole(directory: epath.Path) -> Iterator[epath.Path]:
+    """A temporary directory beside a new or empty one, which takes that one's place at the end, or goes on an error."""
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if directory.exists():
+            directory.rmdir()
+        temporary.rename(directory)
+    except BaseException:
+        temporary.rmtree(missing_ok=True)
+        raise
 
 
 def copy_tokenizer(source: epath.Path, directory: epath.Path) -> None:
@@ -147,9 +168,7 @@ def _write(
     shards: list[list[Planned]],
     values: Iterator[np.ndarray],
 ) -> None:
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir(parents=True)
-    try:
+    with appearing_whole(directory) as temporary:
         _write_json(temporary / "config.json", config)
         weight_map = {}
         for n, shard in enumerate(shards, start=1):
@@ -161,12 +180,6 @@ def _write(
             total = sum(tensor.bytes for shard in shards for tensor in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(temporary / f"{stem}.safetensors.index.json", index)
-        if directory.exists():
-            directory.rmdir()
-        temporary.rename(directory)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
 
 
 def _write_json(file: epath.Path, value: Any) -> None:
