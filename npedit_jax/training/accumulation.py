@@ -12,20 +12,23 @@ import jax.numpy as jnp
 from npedit_jax import parallel
 
 
-def mean(function: Callable[[Any], Any], samples: Any, weight_B: jax.Array, parts: int) -> Any:
+def mean(
+    function: Callable[[Any, jax.Array], Any], samples: Any, weight_B: jax.Array | None, rng: jax.Array, parts: int
+) -> Any:
     """What `function` gives for the whole batch, where that is the mean over its samples by their weight.
 
     Args:
-      function: `samples -> tree` of such means: losses, gradients, metrics.
+      function: `(samples, rng) -> tree` of such means: losses, gradients, metrics.
       samples: tree of [B, ...].
-      weight_B: of each sample.
-      parts: N; 1 calls the function once.
+      weight_B: of each sample; not read for one part.
+      rng: given to the only part; of several each has a key of its own.
+      parts: N.
 
     Raises:
       ValueError: the parts are not equal.
     """
     if parts == 1:
-        return function(samples)
+        return function(samples, rng)
     if weight_B.shape[0] % parts:
         raise ValueError(
             f"a batch of {weight_B.shape[0]} cannot be cut into {parts} equal parts; change batch_size or accumulate"
@@ -33,14 +36,13 @@ def mean(function: Callable[[Any], Any], samples: Any, weight_B: jax.Array, part
     cut = jax.tree.map(lambda x: _cut(x, parts), samples)
     share_N = jnp.sum(_cut(weight_B, parts), axis=1) / jnp.maximum(jnp.sum(weight_B), 1e-6)
 
-    def add(total: Any, item: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        part, share = item
-        return jax.tree.map(lambda so_far, x: so_far + share * x, total, function(part)), None
+    def add(total: Any, item: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, None]:
+        part, rng, share = item
+        return jax.tree.map(lambda so_far, x: so_far + share * x, total, function(part, rng)), None
 
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut))
-    )
-    return jax.lax.scan(add, zeros, (cut, share_N))[0]
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut), rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (cut, jax.random.split(rng, parts), share_N))[0]
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:

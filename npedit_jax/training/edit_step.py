@@ -96,19 +96,17 @@ class Updates:
 
     def _mean(self, function: Callable[..., Any], batch: Batch, given: Conditions, draws: Draws) -> Any:
         """`function(batch, given, draws)`, a mean over samples, taken over parts of the batch as the settings say."""
-        if self.settings.accumulate == 1:
-            return function(batch, given, draws)
-        # What has no axis of samples: the negative prompt is the same for all, and each part has its key.
-        samples = {name: x for name, x in batch.items() if not name.startswith("negative")}
         student_draws, loss_draws = draws
-        rngs = jax.random.split(loss_draws.pixel_rng, batch["weight"].shape[0])
+        # What has no axis of samples stays out: the negative prompt, the same for all, and the key.
+        own = {name: x for name, x in batch.items() if not name.startswith("negative")}
+        samples = (own, given._replace(negative=()), student_draws, loss_draws._replace(pixel_rng=()))
 
-        def part(samples, given_part, student_draws, loss_draws, rngs):
-            draws = (student_draws, loss_draws._replace(pixel_rng=rngs[0]))
-            return function(samples, given_part._replace(negative=given.negative), draws)
+        def part(samples, rng):
+            batch, conditions, student_draws, loss_draws = samples
+            draws = (student_draws, loss_draws._replace(pixel_rng=rng))
+            return function(batch, conditions._replace(negative=given.negative), draws)
 
-        arguments = (samples, given._replace(negative=()), student_draws, loss_draws._replace(pixel_rng=()), rngs)
-        return accumulation.mean(lambda x: part(*x), arguments, batch["weight"], self.settings.accumulate)
+        return accumulation.mean(part, samples, batch["weight"], loss_draws.pixel_rng, self.settings.accumulate)
 
     def _variables(self, name: str, params: Params, frozen: Mapping[str, Params]) -> lora.Variables:
         return self.adapted[name].variables(frozen, params) if name in self.adapted else {"params": params}

@@ -385,9 +385,8 @@ def _source(config: Config, records: str = "") -> tuple[Source, dict[str, Any]]:
     if "records" not in config.data:
         return EasyVQASource(easyvqa.load("train").fraction(fraction)), options
     sets, weights = _sets(records or config.data.records)
-    return RecordSource(
-        sets, config.data.buckets, weights=weights, fraction=fraction, flip=options.pop("flip")
-    ), options
+    flip = options.pop("flip")
+    return RecordSource(sets, config.data.buckets, weights=weights, fraction=fraction, flip=flip), options
 
 
 def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:

@@ -65,12 +65,7 @@ def _train(
         def gradient(batch, rng):
             return jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
 
-        if accumulate == 1:
-            (_, metrics), gradients = gradient(batch, rng)
-        else:
-            samples = (batch, jax.random.split(rng, batch["weight"].shape[0]))
-            part = lambda x: gradient(x[0], x[1][0])  # noqa: E731
-            (_, metrics), gradients = accumulation.mean(part, samples, batch["weight"], accumulate)
+        (_, metrics), gradients = accumulation.mean(gradient, batch, batch.get("weight"), rng, accumulate)
         limit = jnp.where(state.step >= skip_from, skip_norm, jnp.inf) if skip_from else skip_norm
         for name, rule in rules.items():
             state, update = states.apply_gradients(

@@ -224,9 +224,10 @@ def test_a_batch_in_parts_gives_the_gradients_and_metrics_of_the_whole():
 def test_parts_count_by_the_weight_of_their_samples():
     weight = jnp.asarray([1.0, 1.0, 0.0, 1.0])
     values = jnp.asarray([1.0, 2.0, jnp.pi, 9.0])
-    mean = lambda x: jnp.sum(x[0] * x[1]) / jnp.maximum(jnp.sum(x[1]), 1e-6)  # noqa: E731
-    np.testing.assert_allclose(accumulation.mean(mean, (values, weight), weight, 2), 4.0, rtol=1e-6)
-    assert accumulation.mean(mean, (values, 0 * weight), 0 * weight, 4) == 0.0
+    key = jax.random.key(0)
+    mean = lambda x, _: jnp.sum(x[0] * x[1]) / jnp.maximum(jnp.sum(x[1]), 1e-6)  # noqa: E731
+    np.testing.assert_allclose(accumulation.mean(mean, (values, weight), weight, key, 2), 4.0, rtol=1e-6)
+    assert accumulation.mean(mean, (values, 0 * weight), 0 * weight, key, 4) == 0.0
 
 
 def test_a_warm_up_batch_in_parts_is_the_mean_of_them():
