@@ -58,6 +58,10 @@ class Scene:
         """Another kind of shape in the old one's place; `aspect` is a rectangle's width over its height."""
         return self.drawn(kind, box_like(self.box, kind, self.alpha.shape, aspect=aspect))
 
+    def of_kind(self, kind: str) -> "Scene":
+        """The scene with that kind of shape: itself where it has it."""
+        return self if kind == self.kind else self.replaced(kind)
+
     def moved(self, down: float, right: float) -> "Scene":
         """The shape at another place, stopped at the border."""
         y0, x0, y1, x1 = self.box

@@ -199,9 +199,8 @@ def candidate(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
     if kind == "morph" and edit.edit_type == "replace":
         # Blunt outlines are what an editor makes first: on the way from the old class, or from the third one.
         others = [kind for kind in easyvqa.CLASSES if kind != edit.target.kind]
-        share, kind = rng.random(), pick(others, rng)
-        start = scene if kind == scene.kind else scene.replaced(kind)
-        return Candidate(np.float32(morph(start, goal_scene, share).render()), sharp(share), 0.0)
+        share, start = rng.random(), scene.of_kind(pick(others, rng))
+        return Candidate(np.float32(morph(start, goal_scene, share).render()), rises(share, BLUNT), 0.0)
     return Candidate(after, 1.0, 0.0, shape=edit.target)
 
 
@@ -274,8 +273,8 @@ def wrong(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
 
 def showing(scene: Scene, shape: Shape, done: float, object_left: float, same: float = 1.0) -> Candidate:
     """A candidate that clearly shows this shape in the old one's place."""
-    drawn = scene if shape.kind == scene.kind else scene.replaced(shape.kind)
-    return Candidate(np.float32(drawn.recolored(shape.color).render()), done, object_left, same, shape)
+    drawn = scene.of_kind(shape.kind).recolored(shape.color)
+    return Candidate(np.float32(drawn.render()), done, object_left, same, shape)
 
 
 def part(scene: Scene, goal_scene: Scene, rng: np.random.Generator) -> tuple[float, np.ndarray]:
@@ -359,14 +358,9 @@ def on_ground(pixels: np.ndarray, scene: Scene) -> np.ndarray:
     return (np.abs(pixels - scene.ground).sum(-1) < 40)[..., None]
 
 
-def rises(share: float) -> float:
-    """Answer to a share of an edit, a straight line in the logit: as steep at the copy as anywhere else."""
-    return float(1.0 / (1.0 + np.exp(4.0 - 8.0 * share)))
-
-
-def sharp(share: float) -> float:
-    """Answer to a share of a new outline: as long as its corners are blunt it is not the shape that was asked for."""
-    logit = np.interp(share, (0.0, BLUNT, 1.0), (-4.0, 0.0, 4.0))
+def rises(share: float, even: float = 0.5) -> float:
+    """Answer to a share of an edit, even odds at `even`; straight lines in the logit, steep at the copy too."""
+    logit = np.interp(share, (0.0, even, 1.0), (-4.0, 0.0, 4.0))
     return float(1.0 / (1.0 + np.exp(-logit)))
 
 

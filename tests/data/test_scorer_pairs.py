@@ -140,7 +140,7 @@ def test_outlines_on_the_way_are_crisp_and_those_far_from_both_are_of_no_class(k
             known[share == 0.9].append(easyvqa_judge.read(image).kind == kind)
     assert np.mean(strays) < 0.5, "an outline is a line of pixels, not a ramp"
     assert np.mean(known[True]) > 0.85 and np.mean(known[False]) < 0.05
-    answers = [scorer_pairs.sharp(share) for share in np.linspace(0, 1, 20)]
+    answers = [scorer_pairs.rises(share, scorer_pairs.BLUNT) for share in np.linspace(0, 1, 20)]
     assert answers == sorted(answers) and answers[8] < 0.2 and answers[-2] > 0.9
 
 
