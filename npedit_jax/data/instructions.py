@@ -28,7 +28,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from npedit_jax.data import images, select
+from npedit_jax.data import completions, images, select
 from npedit_jax.data.records import MANIFEST, Record, RecordError, Records, describe_shard, write_manifest, write_shard
 
 try:
@@ -117,18 +117,17 @@ class Asker:
     def _complete(self, messages: list[dict], temperature: float) -> str:
         """The text of a completion; raises InvalidAnswer where the server's reply is none."""
         try:
-            reply = self.client.chat.completions.create(
+            text = completions.complete(
+                self.client,
                 model=self.model,
                 messages=messages,
                 max_tokens=600,
                 temperature=temperature,
                 response_format={"type": "json_object"},
             )
-            text = reply.choices[0].message.content
-        # A body that is no JSON, or JSON of another shape, reaches us as the client's parser leaves it.
-        except (ValueError, AttributeError, IndexError, TypeError, openai.APIResponseValidationError) as error:
-            raise InvalidAnswer(f"the reply is no completion: {error}") from error
-        if not text or not isinstance(text, str):
+        except (ValueError, openai.APIResponseValidationError) as error:
+            raise InvalidAnswer(str(error)) from error
+        if not text:
             raise InvalidAnswer("the reply holds no text")
         return text
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from etils import epath
 from PIL import Image
 
+from npedit_jax.data import completions
+
 KINDS = ("consistency", "quality")
 LARGEST = 1024  # pixels of a picture's longer side as sent
 ATTEMPTS = 3  # for an answer without grades
@@ -140,15 +142,15 @@ class Grader:
 
     def _complete(self, content: list[dict[str, Any]], temperature: float) -> str:
         try:
-            reply = self._client.chat.completions.create(
+            return completions.complete(
+                self._client,
                 model=self._model,
                 messages=[{"role": "user", "content": content}],
                 temperature=temperature,
                 max_tokens=1024,
             )
-            return reply.choices[0].message.content or ""
-        except (AttributeError, IndexError, TypeError, ValueError) as error:  # the client takes any JSON for an answer
-            raise ValueError(f"{self._client.base_url} gives no chat completion ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{self._client.base_url}: {error}") from error
 
 
 def read_answers(file: epath.Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -1,0 +1,23 @@
+"""The text that a vision-language model behind an OpenAI-compatible endpoint answers with."""
+
+from typing import Any
+
+
+def complete(client: Any, **request: Any) -> str:
+    """The text of a chat completion; "" where it has none.
+
+    Args:
+      client: an `openai.OpenAI`.
+      request: of `client.chat.completions.create`.
+
+    Raises:
+      ValueError: the reply is no chat completion: the client takes any JSON for one.
+      openai.OpenAIError: as the client raises them.
+    """
+    try:
+        text = client.chat.completions.create(**request).choices[0].message.content or ""
+        if not isinstance(text, str):
+            raise TypeError(f"its text is a {type(text).__name__}")
+        return text
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"the reply is no chat completion: {error}") from error
