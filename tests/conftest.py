@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -49,3 +50,20 @@ def _verbosity() -> Iterator[None]:
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run to serve, of this worker's tests of the demo."""
+    from tests import demo_server
+
+    return demo_server.editor(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def demo_address(demo_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the demo serves that run."""
+    from tests import demo_server
+
+    with demo_server.serving(demo_run, tmp_path_factory.mktemp("log") / "log") as (address, _):
+        yield address

@@ -16,32 +16,20 @@ from skimage import data
 
 from npedit_jax import demo
 from npedit_jax.data import easyvqa
-from tests import demo_server
 from tests.demo_server import png, press, upload
 
 pytest.importorskip("gradio")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return demo_server.editor(tmp_path_factory.mktemp("demo"))
-
-
-@pytest.fixture(scope="module")
-def address(run, tmp_path_factory):
-    with demo_server.serving(run, tmp_path_factory.mktemp("log") / "log") as (address, _):
-        yield address
-
-
-def test_what_is_see_through_lies_on_white(address):
-    answer = press(address, {"path": upload(address, png(Image.new("RGBA", (64, 64), (255, 0, 0, 0))))})
+def test_what_is_see_through_lies_on_white(demo_address):
+    answer = press(demo_address, {"path": upload(demo_address, png(Image.new("RGBA", (64, 64), (255, 0, 0, 0))))})
     assert answer["success"], answer
     with urllib.request.urlopen(answer["output"]["data"][0][0]["url"], timeout=30) as file:
         assert Image.open(file).convert("RGB").getcolors()[0][1] == (255, 255, 255)
 
 
-def test_pictures_and_words_that_cannot_be_used_are_told(run, tmp_path):
-    editor = demo.Editor.from_checkpoint(run)
+def test_pictures_and_words_that_cannot_be_used_are_told(demo_run, tmp_path):
+    editor = demo.Editor.from_checkpoint(demo_run)
     page = demo.Demo(editor, None)
     good = tmp_path / "good.png"
     Image.new("RGB", (16, 16), "red").save(good)
@@ -54,14 +42,14 @@ def test_pictures_and_words_that_cannot_be_used_are_told(run, tmp_path):
         (str(good), "remove the circle", -1, "from 0 to"),
         (str(good), "make the dog purple", 0, "unknown words"),
         (str(bomb), "remove the circle", 0, "pixels"),
-        (str(run / "config.json"), "remove the circle", 0, "no known format"),
+        (str(demo_run / "config.json"), "remove the circle", 0, "no known format"),
     ]:
         with pytest.raises(ValueError, match=told):
             page.edit(file, words, seed)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium: apt-get install chromium")
-def test_visitor_uploads_edits_and_looks_back(address, tmp_path):
+def test_visitor_uploads_edits_and_looks_back(demo_address, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     pixels = easyvqa.load("test").images[0] if "DEMO_CHECKPOINT" in os.environ else data.astronaut()
     Image.fromarray(pixels).save(tmp_path / "in.png")
@@ -69,8 +57,8 @@ def test_visitor_uploads_edits_and_looks_back(address, tmp_path):
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         outside = []
-        page.on("request", lambda request: outside.append(request.url) if address not in request.url else None)
-        page.goto(address)
+        page.on("request", lambda request: outside.append(request.url) if demo_address not in request.url else None)
+        page.goto(demo_address)
         page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "in.png"))
         page.locator("#picture img").wait_for(timeout=60_000)
         words = page.locator("#scores textarea, #scores input")

@@ -10,11 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from npedit_jax.data.batches import Reading, TooManyBadRecords
-from npedit_jax.training import loop, networks, stages, steps, telemetry, workdirs
+from npedit_jax.training import loop, stages, steps, telemetry, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 from tests.data import record_sets
-from tests.training.tiny import LOG, RUN
-from tests.training.tiny_networks import DENOISER, LANGUAGE, SPECS
+from tests.training.tiny import LOG
+from tests.training.tiny_networks import warmup_config
 
 
 @pytest.fixture(scope="module")
@@ -30,37 +30,16 @@ def directory(tmp_path_factory):
 
 def config(directory, **reading) -> ConfigDict:
     """Six steps of the warm-up, an epoch, at a size that tiny networks can take."""
-    language = LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8, vocab_size=300)
-    denoiser = ("zimage", DENOISER | dict(axes_lens=(128, 32, 32)))
-    specs = {"autoencoder": SPECS["autoencoder"], "text_encoder": ("qwen3", language), "student": denoiser}
-    adam = dict(name="adam", learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99)
-    return ConfigDict(
-        dict(
-            stage="warmup",
-            seed=0,
-            steps=6,
-            batch_size=10,
-            cpu_devices=1,
-            networks={
-                name: dict(kind=kind, directory="", architecture=networks.plain(architecture), options={})
-                for name, (kind, architecture) in specs.items()
-            },
-            data=dict(
-                records=str(directory),
-                buckets=record_sets.BUCKETS[:1],
-                reading=dict(workers=0, threads=1, buffer=2, max_bad_share=0.1) | reading,
-                text_tokenizer=str(record_sets.GOLDEN),
-                text_length=record_sets.TEXT_LENGTH,
-                options=dict(caption_dropout=0.1, fraction=1.0, flip=0.5),
-            ),
-            step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
-            optimizer=dict(student=adam),
-            sampling=dict(times=(1.0, 0.5), sampler="fresh", eta=1.0),
-            checkpoint=dict(every=3, keep=2),
-            log=LOG | dict(preview_every=100),
-        )
-        | RUN
+    data = dict(
+        records=str(directory),
+        buckets=record_sets.BUCKETS[:1],
+        reading=dict(workers=0, threads=1, buffer=2, max_bad_share=0.1) | reading,
+        text_tokenizer=str(record_sets.GOLDEN),
+        text_length=record_sets.TEXT_LENGTH,
+        options=dict(caption_dropout=0.1, fraction=1.0, flip=0.5),
     )
+    checkpoint, log = dict(every=3, keep=2), LOG | dict(preview_every=100)
+    return warmup_config(data, vocabulary=300, places=128, steps=6, batch_size=10, checkpoint=checkpoint, log=log)
 
 
 @pytest.fixture(scope="module")

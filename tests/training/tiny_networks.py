@@ -1,6 +1,8 @@
 """Networks of a few hundred parameters for the edit stage, and batches that fit them."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,37 +108,57 @@ def batches() -> dict[str, jax.Array]:
     }
 
 
-def lora_config(**lora_settings) -> ConfigDict:
-    """Two steps of the warm-up on real images, with adapters on a network that stays frozen."""
-    language = LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8, vocab_size=64)
-    denoiser = ("zimage", DENOISER | dict(axes_lens=(64, 32, 32)))
+def warmup_config(data: Mapping[str, Any], *, vocabulary: int, places: int, base: bool = False, **fields) -> ConfigDict:
+    """A run of the warm-up with tiny networks.
+
+    Args:
+      data: of the config.
+      vocabulary: of the text encoder.
+      places: on the first axis of the denoiser's positions.
+      base: whether a denoiser "base" stays frozen beside the student.
+      fields: the rest of the config.
+    """
+    language = LANGUAGE | dict(model_type="qwen3", num_hidden_layers=2, head_dim=8, vocab_size=vocabulary)
+    denoiser = ("zimage", DENOISER | dict(axes_lens=(places, 32, 32)))
     specs = {"autoencoder": SPECS["autoencoder"], "text_encoder": ("qwen3", language)}
-    specs |= {"base": denoiser, "student": denoiser}
+    specs |= {"base": denoiser, "student": denoiser} if base else {"student": denoiser}
     adam = dict(name="adam", learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99)
     return ConfigDict(
         dict(
             stage="warmup",
             seed=0,
-            steps=2,
-            batch_size=2,
             cpu_devices=1,
             networks={
                 name: dict(kind=kind, directory="", architecture=networks.plain(architecture), options={})
                 for name, (kind, architecture) in specs.items()
             },
-            lora=dict(rank=2, alpha=4.0, targets=ADAPTED, base=dict(student="base"), start=dict(student=""))
-            | lora_settings,
-            data=dict(
-                reading=READING,
-                text_tokenizer="package:pretrained/easyvqa/text_encoder",
-                text_length=16,
-                options=dict(caption_dropout=0.1, fraction=0.01),
-            ),
+            data=data,
             step=dict(ema=0.9, skip_norm=1e9, time_shift=1.0, weighting="uniform", endpoint=0.0),
             optimizer=dict(student=adam),
             sampling=dict(times=(1.0, 0.5), sampler="fresh", eta=1.0),
-            checkpoint=dict(every=2, keep=1),
-            log=LOG | dict(preview_every=2),
         )
         | RUN
+        | fields
+    )
+
+
+def lora_config(**lora_settings) -> ConfigDict:
+    """Two steps of the warm-up on real images, with adapters on a network that stays frozen."""
+    lora = dict(rank=2, alpha=4.0, targets=ADAPTED, base=dict(student="base"), start=dict(student=""))
+    data = dict(
+        reading=READING,
+        text_tokenizer="package:pretrained/easyvqa/text_encoder",
+        text_length=16,
+        options=dict(caption_dropout=0.1, fraction=0.01),
+    )
+    return warmup_config(
+        data,
+        vocabulary=64,
+        places=64,
+        base=True,
+        steps=2,
+        batch_size=2,
+        lora=lora | lora_settings,
+        checkpoint=dict(every=2, keep=1),
+        log=LOG | dict(preview_every=2),
     )
