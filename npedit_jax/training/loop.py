@@ -124,8 +124,10 @@ def _closing(
     """Lets what is under way come to its end, also where the run ends with a fault."""
     try:
         yield
-    except (RunFault, TooManyBadRecords, OSError):
-        for each in (log, checkpoints):
+    except Exception as error:
+        # Where another host is gone, what is being written has no end: only what all hosts meet together waits for it.
+        waits = jax.process_count() == 1 or isinstance(error, (RunFault, TooManyBadRecords, OSError))
+        for each in (log, checkpoints) if waits else ():
             with contextlib.suppress(RunFault, OSError):
                 each.close()
         raise
