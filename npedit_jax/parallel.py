@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the batch axis of activations is split over
 SPLIT = ("fsdp", "tensor")  # what one dimension is split over where only one can be
+SHARED = ("negative_ids", "negative_mask")  # fields of a batch that hold one row for all of its samples
 WHOLE = PartitionSpec()
 
 # Every parameter of every network by its "/"-joined path -> the last axes of its array. Axes before them (the stacked
@@ -148,30 +149,30 @@ def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH))
 
 
-def field_sharding(mesh: Mesh, shape: Sequence[int], leading_axes: int = 0) -> NamedSharding:
-    """Where a field of a batch lies; one with a batch axis of 1 is the same for all samples, and replicated."""
-    return replicated(mesh) if shape[leading_axes] == 1 else batch_sharding(mesh, leading_axes)
+def field_sharding(mesh: Mesh, name: str, leading_axes: int = 0) -> NamedSharding:
+    """Where a field of a batch lies."""
+    return replicated(mesh) if name in SHARED else batch_sharding(mesh, leading_axes)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, leading_axes: int = 0) -> dict[str, jax.Array]:
-    """Places a host's share of a batch on its devices; see `host_share` for which share that is."""
-    number, parts = host_share(mesh)
+    """Places a host's samples of a batch, in the order of its places (see `host_places`), on its devices."""
+    places, of = host_places(mesh)
 
-    def put(value: np.ndarray) -> jax.Array:
-        sharding = field_sharding(mesh, value.shape, leading_axes)
-        if sharding.is_fully_replicated:
+    def put(name: str, value: np.ndarray) -> jax.Array:
+        sharding = field_sharding(mesh, name, leading_axes)
+        if name in SHARED:
             return _from_parts(value.shape, sharding, lambda index: value[index])
-        own = value.shape[leading_axes]
-        shape = (*value.shape[:leading_axes], own * parts, *value.shape[leading_axes + 1 :])
+        width = value.shape[leading_axes] // len(places)
+        shape = (*value.shape[:leading_axes], width * of, *value.shape[leading_axes + 1 :])
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[leading_axes].indices(own * parts)
-            inside = slice(start - number * own, stop - number * own)
-            return value[(*index[:leading_axes], inside, *index[leading_axes + 1 :])]
+            start, _, _ = index[leading_axes].indices(width * of)
+            here = places.index(start // width) * width
+            return value[(*index[:leading_axes], slice(here, here + width), *index[leading_axes + 1 :])]
 
         return _from_parts(shape, sharding, part)
 
-    return {name: put(value) for name, value in batch.items()}
+    return {name: put(name, value) for name, value in batch.items()}
 
 
 def _from_parts(
@@ -183,23 +184,24 @@ def _from_parts(
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards)
 
 
-def host_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process feeds: its number, and into how many parts the batch is cut.
+def host_places(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Which places of every batch this process feeds, in rising order, and how many places there are.
 
-    Processes whose devices differ along "tensor" only feed the same part.
+    A place is a position along "data" and "fsdp". Those of a process need not lie side by side: a mesh follows the
+    links between the chips. Processes whose devices differ along "tensor" only feed the same places.
 
     Raises:
       ValueError: the mesh gives processes parts of different sizes, or parts that overlap.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, mesh.shape["tensor"])
-    parts = {
+    places = {
         process: tuple(np.flatnonzero((owners == process).any(axis=1)).tolist())
         for process in np.unique(owners).tolist()
     }
-    distinct = sorted(set(parts.values()))
+    distinct = set(places.values())
     if len({len(part) for part in distinct}) > 1 or sum(len(part) for part in distinct) != len(owners):
-        raise ValueError(f"mesh {dict(mesh.shape)} cuts the batch across hosts unevenly: {parts}; change config.mesh")
-    return distinct.index(parts[jax.process_index()]), len(distinct)
+        raise ValueError(f"mesh {dict(mesh.shape)} cuts the batch across hosts unevenly: {places}; change config.mesh")
+    return places[jax.process_index()], len(owners)
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:

@@ -50,17 +50,18 @@ def draw(
     params: NetworkParams,
     size: tuple[int, int],
     text: Text,
-    negative: Text,
+    negative: Text | None,
     rng: jax.Array,
     *,
     steps: int,
-    guidance: float,
+    guidance: float = 1.0,
     time_shift: float,
 ) -> jax.Array:
     """What the base model draws from text by `steps` deterministic steps of the guided flow.
 
     Args:
       size: height and width in pixels.
+      negative: what the guidance leads away from; None draws without guidance, at half the cost.
 
     Returns:
       Pixels [B, height, width, 3], about [-1, 1] and not clipped.
@@ -68,15 +69,18 @@ def draw(
     autoencoder, count = modules["autoencoder"], len(text[0])
     shape = (count, *(side // autoencoder.downscale for side in size), autoencoder.latent_channels)
     times = flow.shift_time(jnp.linspace(1.0, 0.0, steps + 1), time_shift)
-    pair = jax.tree.map(lambda positive, other: jnp.concatenate([positive, other]), text, negative)
-    scale = jnp.full((count,), guidance)
+    texts = [text] if negative is None else [text, negative]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *texts)
 
     def advance(x_t, pair_of_times):
         t, after = pair_of_times
-        both = modules["denoiser"].apply(
-            {"params": params["denoiser"]}, jnp.concatenate([x_t, x_t]), jnp.full((2 * count,), t), *pair
+        times = jnp.full((len(texts) * count,), t)
+        velocities = modules["denoiser"].apply(
+            {"params": params["denoiser"]}, jnp.concatenate([x_t] * len(texts)), times, *joined
         )
-        velocity = matching.guide(*jnp.split(both, 2), scale)
+        velocity = velocities
+        if negative is not None:
+            velocity = matching.guide(*jnp.split(velocities, 2), jnp.full((count,), guidance))
         return x_t + (after - t) * velocity, None
 
     latents, _ = jax.lax.scan(advance, jax.random.normal(rng, shape), (times[:-1], times[1:]))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from npedit_jax.compilation import programs
 from npedit_jax.data import questions
-from npedit_jax.training import networks, stages, state
+from npedit_jax.training import networks, previews, stages, state
 from npedit_jax.weights import published
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -104,10 +104,17 @@ def _assert_step_has_shapes(config: ConfigDict) -> tuple[state.TrainState, dict]
     sides = config.data.buckets if "buckets" in config.data else [(64, 64)]
     with config.unlocked():
         config.batch_size = 2
-    step = stages.step(config, {name: network.module for name, network in made.items()})
-    end, metrics = jax.eval_shape(step, start, frozen, programs.batch_shapes(config, sides[-1]), jax.random.key(0))
+    modules, batch = {name: network.module for name, network in made.items()}, programs.batch_shapes(config, sides[-1])
+    end, metrics = jax.eval_shape(stages.step(config, modules), start, frozen, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), end) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
     assert {"loss"} <= metrics.keys() and all(x.shape == () for x in metrics.values())
+    # What the loop reads after a step, and draws.
+    assert {f"skipped/{name}" for name, many in stages.updates(config).items() if many} <= metrics.keys()
+    if config.stage == "npedit":
+        batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+    draw = previews.function(config, modules, stages.adapted(config))
+    for row in jax.eval_shape(draw, frozen | start.ema, batch, jax.random.key(0)):
+        assert row.shape == batch["reference"].shape
     return start, frozen
 
 

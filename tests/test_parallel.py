@@ -32,6 +32,8 @@ class Device:
     slice_index: int = 0
     platform: str = "cpu"
     device_kind: str = "cpu"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -129,20 +131,66 @@ def test_slices_lie_along_data():
         parallel.make_mesh(1, 8, 1, devices)
 
 
+def places_of_hosts(monkeypatch, mesh, hosts):
+    found = []
+    for process in range(hosts):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(parallel.host_places(mesh))
+    return found
+
+
 def test_hosts_feed_disjoint_parts(monkeypatch):
     def shares(sizes, per_host):
         mesh = parallel.make_mesh(*sizes, [Device(n, n // per_host) for n in range(8)])
-        found = []
-        for process in range(8 // per_host):
-            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-            found.append(parallel.host_share(mesh))
-        return found
+        return places_of_hosts(monkeypatch, mesh, 8 // per_host)
 
-    assert shares((1, 8, 1), 4) == [(0, 2), (1, 2)]
-    assert shares((2, 4, 1), 2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert shares((1, 2, 4), 2) == [(0, 2), (0, 2), (1, 2), (1, 2)]  # two hosts hold one sample's tensor axis
+    assert shares((1, 8, 1), 4) == [((0, 1, 2, 3), 8), ((4, 5, 6, 7), 8)]
+    assert shares((2, 4, 1), 2) == [((0, 1), 8), ((2, 3), 8), ((4, 5), 8), ((6, 7), 8)]
+    assert shares((1, 2, 4), 2) == [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]  # two hosts hold one tensor axis
     with pytest.raises(ValueError, match="unevenly"):
         shares((1, 4, 2), 3)
+
+
+def v5p(x: int, y: int, z: int) -> list[Device]:
+    """A slice whose hosts have 2 x 2 x 1 chips each."""
+    devices = []
+    for number, (k, j, i) in enumerate(np.ndindex(z, y, x)):
+        host = (i // 2) + (x // 2) * ((j // 2) + (y // 2) * k)
+        devices.append(Device(number, host, 0, "tpu", "TPU v5p", (i, j, k)))
+    return devices
+
+
+def test_every_sample_reaches_its_device_where_a_pods_hosts_have_places_apart(monkeypatch):
+    """Of the mesh of the full-size configs on v5p:4x4x4, whose hosts' places do not lie side by side."""
+    mesh = parallel.make_mesh(4, 16, 1, v5p(4, 4, 4))
+    given = places_of_hosts(monkeypatch, mesh, 16)
+    assert any(own != tuple(range(own[0], own[0] + len(own))) for own, _ in given)
+    samples, width = np.arange(2 * 128).reshape(2, 128), 2
+    row = {device: place for place, device in enumerate(mesh.devices.flat)}
+    reached = {}
+
+    def take(shape, sharding, part):
+        assert shape == samples.shape
+        for device, place in row.items():
+            if device.process_index == jax.process_index():
+                index = (slice(None), slice(place * width, (place + 1) * width))
+                reached[device] = part(index).tolist()
+
+    monkeypatch.setattr(parallel, "batch_sharding", lambda mesh, leading_axes: None)
+    monkeypatch.setattr(parallel, "_from_parts", take)
+    for process, (own, _) in enumerate(given):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        fed = np.concatenate([samples[:, place * width : (place + 1) * width] for place in own], axis=1)
+        parallel.put_batch({"weight": fed}, mesh, leading_axes=1)
+    assert reached == {device: samples[:, p * width : (p + 1) * width].tolist() for device, p in row.items()}
+
+
+def test_one_sample_per_host_is_still_its_own():
+    """Where a host has one device and a batch one sample for each, no field is taken for the same everywhere."""
+    mesh = parallel.make_mesh(1, 1, 1, jax.devices()[:1])
+    placed = parallel.put_batch({"weight": np.ones((1,)), "negative_ids": np.ones((1, 3), np.int32)}, mesh)
+    assert placed["weight"].sharding.spec == PartitionSpec(parallel.BATCH)
+    assert placed["negative_ids"].sharding.spec == PartitionSpec()
 
 
 def test_constraints_leave_values_alone():

@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
         clip_norm=2.0,
     )
     config.optimizer = ConfigDict(dict(student=muon, fake_score=muon))
-    config.sampling = ConfigDict(dict(times=(1.0, 0.9, 0.75, 0.5), sampler="fresh", eta=1.0))
+    config.sampling = ConfigDict(dict(times=config.step.get_ref("times"), sampler="fresh", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=100, keep=2))

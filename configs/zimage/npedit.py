@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
         clip_norm=2.0,
     )
     config.optimizer = ConfigDict(dict(student=adam, fake_score=adam))
-    config.sampling = ConfigDict(dict(times=TIMES, sampler="ddim", eta=1.0))
+    config.sampling = ConfigDict(dict(times=config.step.get_ref("times"), sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=16, tensor=1))  # docs/pods.md: which sizes for which pod
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
     config.checkpoint = ConfigDict(dict(every=250, keep=3))  # the release: every 1,000 steps

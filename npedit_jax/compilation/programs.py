@@ -80,13 +80,14 @@ def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[st
     modules = {name: network.module for name, network in made.items()}
     plain_modules = {name: flops.plain(module) for name, module in modules.items()}
     runs = stages.expected_runs(config)
-    batch = {name: _array(mesh, x, stages.inner_batches(config) > 0) for name, x in batch_shapes(config, side).items()}
+    leading = int(stages.inner_batches(config) > 0)
+    batch = {name: _array(mesh, name, x, leading) for name, x in batch_shapes(config, side).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(mesh))
     plain = stages.step_functions(config, plain_modules)
     found = {}
     for name, function in stages.programs(config, params, modules, mesh).items():
-        inner = {field: _without_first_axis(mesh, x) for field, x in batch.items()} if name != "step" else batch
+        inner = _one_of(mesh, batch) if name != "step" else batch
         arguments = (held.state, held.frozen, inner, key)
         found[name] = Compilable(function, plain[name], arguments, inner, runs[name])
     return found | {"sample": _sample(config, modules, plain_modules, mesh, held, batch)}, held
@@ -97,7 +98,7 @@ def _sample(
 ) -> Compilable:
     """The sampler as the previews run it."""
     program = previews.program(config, modules, stages.adapted(config), mesh)
-    inner = {field: _without_first_axis(mesh, x) for field, x in batch.items()} if config.stage == "npedit" else batch
+    inner = _one_of(mesh, batch) if config.stage == "npedit" else batch
     params = held.frozen | held.state.ema
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=parallel.replicated(mesh))
     counted = previews.function(config, plain, stages.adapted(config))
@@ -132,9 +133,11 @@ def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def _array(mesh: Mesh, x: jax.ShapeDtypeStruct, inner: bool) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.field_sharding(mesh, x.shape, int(inner)))
+def _array(mesh: Mesh, name: str, x: jax.ShapeDtypeStruct, leading_axes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.field_sharding(mesh, name, leading_axes))
 
 
-def _without_first_axis(mesh: Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return _array(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), False)
+def _one_of(mesh: Mesh, batches: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """One of the inner batches."""
+    one = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batches.items()}
+    return {name: _array(mesh, name, x, 0) for name, x in one.items()}

@@ -42,19 +42,31 @@ class Feed:
     Attributes:
       seed: of the order and of everything drawn.
       batch_size: samples in a batch of this host, B.
-      host: this host's number and the number of hosts; together they consume one global order.
+      places: of the equal parts into which a batch over all hosts is cut, those that this host takes, in rising order.
+      of: how many parts those are; all hosts together consume one global order.
       inner_batches: T: batches are [T, B, ...]; 0 for plain batches [B, ...].
     """
 
     seed: int
     batch_size: int
-    host: tuple[int, int] = (0, 1)
+    places: tuple[int, ...] = (0,)
+    of: int = 1
     inner_batches: int = 0
 
     @property
     def samples(self) -> int:
         """Samples of this host in a step."""
         return max(1, self.inner_batches) * self.batch_size
+
+    @property
+    def width(self) -> int:
+        """Samples of a batch at each place."""
+        return self.batch_size // len(self.places)
+
+    @property
+    def total(self) -> int:
+        """Samples of all hosts in a step."""
+        return max(1, self.inner_batches) * self.width * self.of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +114,7 @@ def batches(streams: Mapping[str, Stream], feed: Feed) -> grain.MapDataset:
     if empty:
         raise ValueError(f"no samples for {empty}; give them records, or the weight 0")
     sizes = np.array([stream.sizes for stream in streams.values()])
-    order = Schedule([stream.weight for stream in streams.values()], sizes, feed.samples * feed.host[1], feed.seed)
+    order = Schedule([stream.weight for stream in streams.values()], sizes, feed.total, feed.seed)
     parts = [_part(feed.seed, name, streams[name], bucket) for name, bucket in _named(order.parts, list(streams))]
     leading = (feed.inner_batches, feed.batch_size) if feed.inner_batches else (feed.batch_size,)
     stack = functools.partial(_stack, leading=leading)
@@ -287,21 +299,22 @@ def _draw(draw: Draw, bucket: int, number: int, rng: np.random.Generator) -> Sam
 
 
 class HostShare(grain.transforms.DatasetSelectionMap):
-    """A host's part of a global order: of every batch over all hosts, B places in a row.
+    """A host's part of a global order: of every batch over all hosts, the samples at its places.
 
     A sample so stands at the same place of the global batch whatever the number of hosts.
     """
 
     def __init__(self, order: grain.transforms.DatasetSelectionMap, feed: Feed):
-        self._order, self._size = order, feed.batch_size
-        self._number, self._hosts = feed.host
+        self._order, self._feed = order, feed
 
     def __len__(self) -> int:
-        return len(self._order) // self._hosts
+        return len(self._order) // self._feed.of * len(self._feed.places)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, place = divmod(index, self._size)
-        return self._order[(batch * self._hosts + self._number) * self._size + place]
+        feed = self._feed
+        batch, sample = divmod(index, feed.batch_size)
+        part, inside = divmod(sample, feed.width)
+        return self._order[(batch * feed.of + feed.places[part]) * feed.width + inside]
 
 
 def _repeat_first(rows: np.ndarray, times: int) -> np.ndarray:

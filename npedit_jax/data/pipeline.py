@@ -58,7 +58,7 @@ def stage_dataset(stage: str, source: Any, feed: Feed, **options: Any) -> grain.
 
 
 def autoencoder(source: Source, feed: Feed, **pictures: float) -> grain.MapDataset:
-    """{"image": uint8 [B, H, W, 3]}; options are those of the source's `pictures`."""
+    """{"image": uint8 [B, H, W, 3], "weight": float32 [B]}; options are those of the source's `pictures`."""
 
     def build(example, rng):
         del rng

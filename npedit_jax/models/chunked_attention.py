@@ -84,7 +84,7 @@ def _forward(
 def _backward(kept: tuple, dx_BCA: jax.Array) -> tuple:
     q_BCA, k_BTA, v_BTA, mask_BCT, x_BCA, largest_BC1, factor_BC1 = kept
     weights_BCT = jnp.exp(_scores(q_BCA, k_BTA, mask_BCT) - largest_BC1) * factor_BC1
-    shift_BC1 = jnp.sum((dx_BCA * x_BCA).astype(jnp.float32), axis=-1, keepdims=True)
+    shift_BC1 = jnp.sum(dx_BCA.astype(jnp.float32) * x_BCA.astype(jnp.float32), axis=-1, keepdims=True)
     dweights_BCT = _product("bca,bta->bct", dx_BCA, v_BTA)
     dscores_BCT = weights_BCT * (dweights_BCT - shift_BC1) * q_BCA.shape[-1] ** -0.5
     if mask_BCT is not None:

@@ -38,7 +38,10 @@ def _dense(
     features: int, name: str, dtype: Any, param_dtype: Any, bias: bool = False, zero: bool = False
 ) -> lora.Dense:
     kernel_init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
-    return lora.Dense(features, bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name)
+    # By default a TPU rounds the factors of a float32 product to bfloat16.
+    precision = "highest" if dtype == jnp.float32 else None
+    types = dict(dtype=dtype, param_dtype=param_dtype, precision=precision)
+    return lora.Dense(features, bias, kernel_init=kernel_init, name=name, **types)
 
 
 class Attention(nn.Module):

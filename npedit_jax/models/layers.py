@@ -73,7 +73,8 @@ def attention(
       mask: bool, True where a query may look, broadcastable to [B, K, S, T]; None lets every query see every key.
       implementation: "xla", the plain form; "splash" (`flash_attention`, TPU) or "cudnn" (`jax.nn`, NVIDIA GPU), a
         flash kernel for `FLASH_LENGTH` keys and more, heads whose width it takes and, for "splash", masks that are the
-        same for all queries and heads, and the plain form for all else; "chunked", some queries at a time
+        same for all queries and heads, for "cudnn", types of 16 bits, and the plain form for all else; "chunked", some
+        queries at a time
         (`chunked_attention`): for a CPU, and the plain form of `LONG` keys and more, with a mask that is the same for
         all heads.
 
@@ -92,7 +93,8 @@ def attention(
     if implementation == "chunked" or (implementation != "cudnn" and keys >= LONG):
         x_BSKA = chunked_attention.attention(q_BSKA, k_BTGA, v_BTGA, mask)
     else:
-        kernel = "cudnn" if implementation == "cudnn" and keys >= FLASH_LENGTH else "xla"
+        taken = keys >= FLASH_LENGTH and q_BSKA.dtype.itemsize == 2 and width <= 128 and width % 8 == 0
+        kernel = "cudnn" if implementation == "cudnn" and taken else "xla"
         x_BSKA = jax.nn.dot_product_attention(q_BSKA, k_BTGA, v_BTGA, mask=mask, implementation=kernel)
     return ad_checkpoint.checkpoint_name(x_BSKA, flash_attention.NAME)
 

@@ -30,7 +30,7 @@ def answer_loss(
       logsumexp_BQ: logsumexp over the whole vocabulary there (used by "vocabulary" only).
       answer_BQ: wanted probability of Yes in [0, 1]; 0 and 1 for a definite answer.
       weight_BQ: weight of each question; a sample whose weights are all 0 has loss 0.
-      scale: factor on the logits (the temperature schedule).
+      scale: factor on the logits (the temperature schedule); "vocabulary" has none.
       form: "yes_no" normalises over the two answers; "vocabulary" over every token.
 
     Raises:

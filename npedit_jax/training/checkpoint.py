@@ -94,7 +94,7 @@ class Checkpoints:
         Damaged newer ones are named in the log and, unless read-only, moved out of the way.
 
         Raises:
-          RunFault: none of the checkpoints can be read; all are left where they are.
+          RunFault: none of the checkpoints can be read, or one does not fit into memory; all are left where they are.
         """
         faults = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -103,6 +103,8 @@ class Checkpoints:
                 result = read(step)
             except Exception as error:  # TensorStore, Orbax and JSON each have their own
                 fault = _reason(error)
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise RunFault(f"the checkpoint of step {step} does not fit into memory: {fault}") from error
             if not _on_all_hosts(not fault):
                 faults[step] = fault or "another host could not read it"
                 logging.warning("checkpoint of step %d is damaged and passed over: %s", step, faults[step])
@@ -136,10 +138,8 @@ class Checkpoints:
             place = self._directory.parent / DAMAGED
             place.mkdir(exist_ok=True)
             for step in steps:
-                target = place / str(step)
-                if target.exists():
-                    target.rmtree()
-                (self._directory / str(step)).rename(target)
+                before = len(list(place.glob(f"{step}*")))  # the same step may have been damaged before
+                (self._directory / str(step)).rename(place / (f"{step}.{before}" if before else str(step)))
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 

@@ -23,12 +23,17 @@ from npedit_jax.training import steps
 from npedit_jax.training.steps import Batch, Metrics, Modules, Params, average
 
 PROBES = ("dmd", "scorer")
+QUESTIONS = ("edit", "identity")
 INSIDE = 1.0 - 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class EditSettings:
-    """Numbers of the edit stage; the paper's section 3 and appendix, the release where it differs."""
+    """Numbers of the edit stage; the paper's section 3 and appendix, the release where it differs.
+
+    Raises:
+      ValueError: times that do not fall from 1.0, or a longer unroll than two steps.
+    """
 
     times: tuple[float, ...]  # the student's times, falling from 1.0
     max_unroll: int = 2  # 1: never a second step
@@ -55,6 +60,13 @@ class EditSettings:
     skip_norm: float = 300.0
     accumulate: int = 1  # parts of a batch whose gradients are taken one after the other, in the memory of one
     frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
+
+    def __post_init__(self) -> None:
+        times = tuple(self.times)
+        if not times or times[0] != 1.0 or times[-1] <= 0.0 or sorted(set(times), reverse=True) != list(times):
+            raise ValueError(f"step.times must fall from 1.0 and stay above 0, found {times}")
+        if self.max_unroll not in (1, 2):
+            raise ValueError(f"step.max_unroll must be 1 or 2, found {self.max_unroll}")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -208,7 +220,7 @@ def student_loss(
     two_steps: bool,
     probes: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The student's total loss and its parts, each a mean over the batch.
+    """The student's total loss and its parts, each a mean over the batch; see `finish_metrics`.
 
     `probes` are zeros like x0, added to what DMD and the scorer see: their gradients are those of each loss in x0.
     `batch["weight"]` leaves out records that could not be read; loss weights per sample come with the batch.
@@ -217,9 +229,9 @@ def student_loss(
     x0 = edit(modules, student, given, student_draws, two_steps=two_steps)
     probes = probes or {name: 0.0 for name in PROBES}
     weight = batch["weight"]
-    identity = jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
-    losses = settings.identity_weight * batch["identity_weight"] * identity
-    metrics = {"loss/identity": average(identity, weight * batch["identity_weight"])}
+    identity = batch["identity_weight"] * jnp.mean(jnp.square(x0 - given.reference), axis=(1, 2, 3))
+    losses = settings.identity_weight * identity
+    metrics = {"loss/identity": average(identity, weight)}
     if settings.dmd_weight:
         rest = (given, batch["guidance"], loss_draws, settings)
         dmd = dmd_loss(modules, frozen["real_score"], fake, x0 + probes["dmd"], *rest)
@@ -245,7 +257,7 @@ def scorer_loss(
     step: jax.Array,
     settings: EditSettings,
 ) -> tuple[jax.Array, Metrics]:
-    """The scorer's loss [B] on the decoded x0, and the mean probability that it gives to the wanted answers."""
+    """The scorer's loss [B] on the decoded x0, and what `finish_metrics` makes shares of right answers from."""
     decoded = decode(modules, frozen, x0)
     if settings.scorer_noise:
         decoded = decoded + settings.scorer_noise * jax.random.normal(pixel_rng, decoded.shape)
@@ -261,12 +273,23 @@ def scorer_loss(
     )
     yes = feedback.yes_probability(output.logits)
     right_BQ = jnp.where(wanted > 0.5, yes, 1.0 - yes)
-    weight_BQ = weight_BQ * batch["weight"][:, None]
-    return loss, {
-        "loss/scorer": average(loss, batch["weight"]),
-        "scorer/edit": average(right_BQ[:, 0], weight_BQ[:, 0]),
-        "scorer/identity": average(right_BQ[:, 1], weight_BQ[:, 1]),
+    metrics = {"loss/scorer": average(loss, batch["weight"])}
+    for number, question in enumerate(QUESTIONS):
+        asked = weight_BQ[:, number]
+        metrics[f"scorer/{question}"] = average(asked * right_BQ[:, number], batch["weight"])
+        metrics[f"asked/{question}"] = average(asked, batch["weight"])
+    return loss, metrics
+
+
+def finish_metrics(metrics: Metrics) -> Metrics:
+    """With `scorer/edit` and `scorer/identity` as the mean probability given to the wanted answers, where asked.
+
+    Until then each is a mean over the samples of a batch, and so that of its parts. NaN where nothing was asked.
+    """
+    shares = {
+        f"scorer/{q}": metrics[f"scorer/{q}"] / metrics[f"asked/{q}"] for q in QUESTIONS if f"asked/{q}" in metrics
     }
+    return {name: value for name, value in metrics.items() if not name.startswith("asked/")} | shares
 
 
 def fake_score_loss(

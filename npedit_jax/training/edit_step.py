@@ -24,6 +24,7 @@ from npedit_jax.training.edit_losses import (
     draw,
     draw_two_steps,
     fake_score_loss,
+    finish_metrics,
     student_loss,
 )
 from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step
@@ -91,7 +92,7 @@ class Updates:
         state, update = self._apply(state, "student", gradients)
         # Over the whole batch a sample counts one part of what it counts in its own.
         norms = {f"gradient_at_x0/{name}": jnp.sqrt(x / self.settings.accumulate) for name, x in squares.items()}
-        metrics |= update | norms
+        metrics = finish_metrics(metrics) | update | norms
         return states.finish_step(state, self.settings.ema), metrics | {"unroll": 1 + jnp.asarray(two_steps, jnp.int32)}
 
     def _mean(self, function: Callable[..., Any], batch: Batch, given: Conditions, draws: Draws) -> Any:

@@ -7,3 +7,7 @@ class RunFault(RuntimeError):
 
 class DataStall(RunFault):
     """No batch came in time; threads or processes of the data pipeline may hang for ever."""
+
+
+class TooManySkipped(RunFault):
+    """More updates were left out than the configured share; every host finds it at the same step."""

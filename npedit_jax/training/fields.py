@@ -1,6 +1,7 @@
 """The fields of a config, by stage: one that is missing or misspelt is an error, none has a hidden default.
 
-What a function or a class takes by name (`step`, `optimizer`, the options of data and networks) it checks itself.
+What a function or a class takes by name (`step`, `optimizer`, the options of data and networks) it checks itself, and
+tells which of it may be left out.
 """
 
 import functools

@@ -11,10 +11,10 @@ from absl import logging
 from etils import epath
 
 from npedit_jax import parallel
-from npedit_jax.data.batches import TooManyBadRecords, iterate
+from npedit_jax.data.batches import iterate
 from npedit_jax.training import stages, state, stopping, telemetry
 from npedit_jax.training.checkpoint import Checkpoints
-from npedit_jax.training.faults import RunFault
+from npedit_jax.training.faults import RunFault, TooManySkipped
 from npedit_jax.training.skip_limit import SkipLimit
 from npedit_jax.training.watched import Watched
 
@@ -57,7 +57,8 @@ def _run(
         start, (train_state, position) = found
         batches.set_state(position)
         logging.info("resumed from step %d", start)
-    limit = SkipLimit(guard.skipped_share, guard.window, stage.updates(), start, jax.device_get(train_state.skipped))
+    skipped = jax.device_get(train_state.skipped)
+    limit = SkipLimit(guard.skipped_share, guard.window, stages.updates(config), start, skipped)
     meter = telemetry.Meter(workdir, start, stages.work(config, stage))
     log = telemetry.MetricsLog(workdir, restored_step=start, wandb_project=config.log.wandb_project)
     profiler = telemetry.Profiler(workdir, config.log.profile_steps)
@@ -125,9 +126,9 @@ def _closing(
     try:
         yield
     except Exception as error:
-        # Where another host is gone, what is being written has no end: only what all hosts meet together waits for it.
-        waits = jax.process_count() == 1 or isinstance(error, (RunFault, TooManyBadRecords, OSError))
-        for each in (log, checkpoints) if waits else ():
+        # A checkpoint is finished by all hosts together: one that ends alone would wait for the others without an end.
+        together = jax.process_count() == 1 or isinstance(error, TooManySkipped)
+        for each in (log, checkpoints) if together else (log,):
             with contextlib.suppress(RunFault, OSError):
                 each.close()
         raise

@@ -133,6 +133,9 @@ def guarded_update(
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
-    """Exponential moving average; the first steps decay faster, so that the initial weights are soon forgotten."""
+    """Exponential moving average over at most about a tenth of the steps so far, until that is what `decay` means.
+
+    So the initial weights are soon forgotten; a decay of 0.999 is in force from step 8,990 on.
+    """
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)

@@ -76,7 +76,8 @@ def function(
 
     def rows(params, batch, rng):
         params = parallel.on_devices(params)
-        return tuple(to_uint8(row) for row in make(lora.merged(params, adapted), batch, rng))
+        drawing = {name: item for name, item in adapted.items() if name in params}  # the fake score draws nothing
+        return tuple(to_uint8(row) for row in make(lora.merged(params, drawing), batch, rng))
 
     return rows
 
@@ -109,8 +110,8 @@ def _base(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
     def rows(params, batch, rng):
         pixels = to_pixels(batch["image"])
         text = sampling.encode_text(modules, params, batch["caption_ids"], batch["caption_mask"])
-        options = dict(steps=settings.steps, guidance=1.0, time_shift=settings.time_shift)
-        return pixels, sampling.draw(modules, params, pixels.shape[1:3], text, text, rng, **options)
+        options = dict(steps=settings.steps, time_shift=settings.time_shift)
+        return pixels, sampling.draw(modules, params, pixels.shape[1:3], text, None, rng, **options)
 
     return rows
 

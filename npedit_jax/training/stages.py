@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from npedit_jax.training.networks import Network
 
 Config = ml_collections.ConfigDict
 Modules = Mapping[str, nn.Module]
-PATCH = 16  # pixels along the side of what the denoiser takes as a token, for the count of tokens
+TEXTS = ("caption_ids", "instruction_ids", "question_ids", "packed_ids")  # fields that hold each sample's own tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +68,7 @@ class Stage:
 
     def frozen(self) -> dict[str, Any]:
         """Parameters of all others, in the place where they lie during the run."""
-        params = {name: network.params for name, network in self.networks.items() if name not in self.rules}
-        return params | {
-            name: jax.device_put(tree, parallel.on_host(jax.tree.map(lambda x: x.sharding, tree)))
-            for name, tree in params.items()
-            if name in self.offload
-        }
-
-    def updates(self) -> dict[str, int]:
-        """How many updates each trained network gets in a step."""
-        return {name: max(1, self.inner_batches - 1) if name == "fake_score" else 1 for name in self.rules}
+        return {name: network.params for name, network in self.networks.items() if name not in self.rules}
 
 
 def build(config: Config) -> Stage:
@@ -87,7 +79,9 @@ def build(config: Config) -> Stage:
     """
     check(config)
     mesh = make_mesh(config)
-    made = {name: make() for name, make in _makers(config, mesh).items()}
+    made = {
+        name: _on_host(make()) if name in offload(config) else make() for name, make in _makers(config, mesh).items()
+    }
     modules = {name: network.module for name, network in made.items()}
     return Stage(
         networks=made,
@@ -101,6 +95,12 @@ def build(config: Config) -> Stage:
         adapted=adapted(config),
         offload=offload(config),
     )
+
+
+def _on_host(network: Network) -> Network:
+    """With its parameters in the hosts' memory, and nowhere else."""
+    places = parallel.on_host(jax.tree.map(lambda x: x.sharding, network.params))
+    return network._replace(params=jax.device_put(network.params, places))
 
 
 def offload(config: Config) -> tuple[str, ...]:
@@ -145,6 +145,11 @@ def inner_batches(config: Config) -> int:
     return config.fake_updates + 1 if config.stage == "npedit" else 0
 
 
+def updates(config: Config) -> dict[str, int]:
+    """How many updates each trained network gets in a step."""
+    return {name: config.fake_updates if name == "fake_score" else 1 for name in config.optimizer}
+
+
 def check(config: Config) -> None:
     """Raises ValueError where the config names no stage, or has other fields than its stage."""
     if config.stage not in STEPS:
@@ -185,7 +190,7 @@ def programs(config: Config, params: Mapping[str, Any], modules: Modules, mesh: 
 
 def rules(config: Config) -> dict[str, optax.GradientTransformation]:
     """The optimizer of each trained network."""
-    return {name: _rule(settings, config.steps) for name, settings in config.optimizer.items()}
+    return {name: _rule(config.optimizer[name], config.steps, many) for name, many in updates(config).items()}
 
 
 def adapted(config: Config) -> dict[str, lora.Adapted]:
@@ -223,17 +228,30 @@ def work(config: Config, stage: Stage) -> telemetry.Work:
     """What a step works through. FLOPs are counted, which takes a trace, where the device's peak is known."""
     batch = arrays(stage.dataset[0])
     images = max((x for x in batch.values() if x.dtype == np.uint8), key=lambda x: x.size)
-    leading, hosts = (2 if stage.inner_batches else 1), parallel.host_share(stage.mesh)[1]
+    leading, (places, of) = (2 if stage.inner_batches else 1), parallel.host_places(stage.mesh)
+    hosts = of // len(places)
     samples = int(np.prod(images.shape[:leading])) * hosts
-    texts = sum(x.shape[-1] for name, x in batch.items() if name.endswith(("_ids", "packed_segments")))
-    patches = int(np.prod(images.shape[leading:-1])) // PATCH**2
+    texts = sum(int(np.prod(batch[name].shape[leading:])) for name in TEXTS if name in batch)
+    patches = int(np.prod(images.shape[leading:-1])) // _patch(stage) ** 2
     peak = chips.peak_flops(stage.mesh.devices.flat[0])
     needed = hosts * _useful_flops(config, stage, batch) if peak else 0.0
     return telemetry.Work(samples, samples * (patches + texts), stage.mesh.size, needed, peak)
 
 
+def _patch(stage: Stage) -> int:
+    """Pixels along the side of what the first network that looks at pictures takes as a token."""
+    modules = {name: network.module for name, network in stage.networks.items()}
+    denoiser = next((modules[name] for name in ("student", "denoiser") if name in modules), None)
+    if denoiser is not None:
+        return modules["autoencoder"].downscale * denoiser.patch_size
+    return modules["scorer"].vision.patch_size if "scorer" in modules else modules["autoencoder"].downscale
+
+
 def _useful_flops(config: Config, stage: Stage, batch: Mapping[str, np.ndarray]) -> float:
     """FLOPs of a step on a host's batch, on average over the unroll's length."""
+    if config.stage == "npedit":  # of one program for both lengths only the longer could be counted
+        config = config.copy_and_resolve_references()
+        config.separate_steps = True
     functions = step_functions(config, {name: flops.plain(network.module) for name, network in stage.networks.items()})
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     params = {name: jax.tree.map(shape, network.params) for name, network in stage.networks.items()}
@@ -271,21 +289,32 @@ def _makers(config: Config, mesh: Mesh | None) -> dict[str, Callable[[], Network
     return found
 
 
-def _rule(settings: Config, steps: int) -> optax.GradientTransformation:
-    options = settings.to_dict()
-    rate = optimizer.schedule(
-        options.pop("learning_rate"), options.pop("final_learning_rate"), options.pop("warmup_steps"), steps
-    )
-    return optimizer.build(options.pop("name"), learning_rate=rate, **options)
+def _rule(settings: Config, steps: int, updates: int) -> optax.GradientTransformation:
+    """The optimizer of a network, whose schedule is told in steps and counts the network's own updates."""
+
+    def build(*, learning_rate: float, final_learning_rate: float, warmup_steps: int, **options: Any) -> Any:
+        rate = optimizer.schedule(learning_rate, final_learning_rate, updates * warmup_steps, updates * steps)
+        return _call("optimizer", optimizer.build, learning_rate=rate, **options)
+
+    return _call("optimizer", build, **settings.to_dict())
+
+
+def _call(part: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls a function with the fields of a part of the config; ValueError where it does not take just these."""
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except TypeError as error:
+        raise ValueError(f"config.{part}: {error}") from None
+    return function(*arguments, **options)
 
 
 def _plain_step(make: Callable[..., steps.Step], config: Config, modules: Modules, rules: steps.Rules) -> steps.Step:
-    return make(modules, rules, **config.step.to_dict())
+    return _call("step", make, modules, rules, **config.step.to_dict())
 
 
 def _student_flow_step(config: Config, modules: Modules, rules: steps.Rules, *, target: str, text: str) -> steps.Step:
     options = dict(target=target, text=text, adapted=adapted(config).get("student"), **config.step.to_dict())
-    return steps.student_flow_step(modules, rules, **options)
+    return _call("step", steps.student_flow_step, modules, rules, **options)
 
 
 def _npedit_step(config: Config, modules: Modules, rules: steps.Rules) -> steps.Step:
@@ -299,7 +328,7 @@ def _updates(config: Config, modules: Modules) -> edit_step.Updates:
 
 def edit_settings(config: Config) -> EditSettings:
     """The numbers of the edit stage."""
-    return EditSettings(**config.step.to_dict())
+    return _call("step", EditSettings, **config.step.to_dict())
 
 
 def separate(config: Config) -> bool:
@@ -319,14 +348,14 @@ STEPS: Mapping[str, Callable[[Config, Modules, steps.Rules], steps.Step]] = {
 
 def _feed(config: Config) -> Feed:
     mesh = make_mesh(config)
-    number, parts = parallel.host_share(mesh)
-    places = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % places:
+    places, of = parallel.host_places(mesh)
+    parts = config.step.get("accumulate", 1)
+    if config.batch_size % (of * parts):
         raise ValueError(
-            f"batch_size must be a multiple of the {places} places of mesh axes data and fsdp that the samples are "
-            f"spread over, found {config.batch_size}; change batch_size or mesh"
+            f"batch_size must be a multiple of {of} x {parts}: the places of mesh axes data and fsdp that the samples "
+            f"are spread over, times the parts of step.accumulate; found {config.batch_size}. Change one of them"
         )
-    return Feed(config.seed, config.batch_size // parts, (number, parts), inner_batches(config))
+    return Feed(config.seed, config.batch_size * len(places) // of, places, of, inner_batches(config))
 
 
 def _images(config: Config, modules: Modules) -> grain.MapDataset:

@@ -80,6 +80,7 @@ def _train(
 def autoencoder_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: float, kl_weight: float) -> Step:
     """Reconstruction (mean absolute plus mean square error) and a small pull of the latents towards a normal.
 
+    Means over the batch leave out records that could not be read.
     The metrics `latent_mean` and `latent_std` are those of the raw distribution means: what shift and scale should be.
     """
     autoencoder = modules["autoencoder"]
@@ -92,8 +93,12 @@ def autoencoder_step(modules: Modules, rules: Rules, *, ema: float, skip_norm: f
         raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
         latents = (raw - autoencoder.shift_factor) * autoencoder.scaling_factor
         error = autoencoder.apply(variables, latents, method="decode") - pixels
-        absolute, square = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
-        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+
+        def over_batch(x):
+            return average(jnp.mean(x, axis=(1, 2, 3)), batch["weight"])
+
+        absolute, square = over_batch(jnp.abs(error)), over_batch(jnp.square(error))
+        kl = 0.5 * over_batch(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
         total = absolute + square + kl_weight * kl
         metrics = {"loss": total, "absolute": absolute, "square": square, "kl": kl}
         return total, metrics | {"latent_mean": jnp.mean(mean), "latent_std": jnp.std(mean)}

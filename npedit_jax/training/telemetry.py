@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,14 +33,16 @@ class MetricsLog:
         """
         self._writes = jax.process_index() == 0
         self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._in_bucket = "://" in str(self._path)  # where a file cannot be appended to, rows wait for a checkpoint
         self._pending: list[str] = []
         self._wandb = None
         if not self._writes:
             return
         if wandb_project:
-            name = epath.Path(workdir).name
-            # The directory's name is the run's: a restart goes on with the same curves.
-            self._wandb = importlib.import_module("wandb").init(project=wandb_project, id=name, resume="allow")
+            path = str(epath.Path(workdir).resolve())
+            # Of the directory, so that a restart goes on with the same curves, and of the whole path of it.
+            id = f"{epath.Path(path).name}-{zlib.crc32(path.encode()):08x}"
+            self._wandb = importlib.import_module("wandb").init(project=wandb_project, id=id, resume="allow")
         kept = read_metrics(workdir, up_to=restored_step) if self._path.exists() else []
         self._lines = [json.dumps(row) for row in kept]
         write_whole(self._path, "".join(line + "\n" for line in self._lines))
@@ -56,13 +59,14 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+        if not self._in_bucket:
+            self.flush()
 
     def flush(self) -> None:
-        """Puts every row so far on disk; called before a checkpoint commits."""
+        """Puts every row so far where the file is; called before a checkpoint commits."""
         if not self._writes or not self._pending:
             return
-        if isinstance(self._path, epath.Path) and "://" in str(self._path):
-            # Buckets cannot be appended to.
+        if self._in_bucket:
             self._path.write_text("".join(line + "\n" for line in self._lines))
         else:
             with self._path.open("a") as file:

@@ -29,10 +29,15 @@ class WorkdirError(ValueError):
 
 
 def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
-    """Creates the directory with `config.json`, or checks that it holds the same experiment; raises as `check`."""
-    check(workdir, config)
+    """Creates the directory with `config.json`, or checks that it holds the same experiment; raises as `check`.
+
+    Values that may change from start to start, and have, are told in the log.
+    """
+    changed = check(workdir, config)
     workdir = epath.Path(workdir)
     if jax.process_index() == 0:
+        for line in changed:
+            logging.warning("changed since the run began: %s", line)
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(workdir / "config.json", json.dumps(plain(config), indent=2) + "\n")
 
@@ -44,8 +49,11 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
     """Checks that a run of this config can begin or go on in the directory; writes nothing.
+
+    Returns:
+      A line for each value that has changed, among those that may.
 
     Raises:
       WorkdirError: the directory holds a run with other values, which are named, or files but no run.
@@ -64,10 +72,10 @@ def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
                 f"{workdir} holds a run with another config: {'; '.join(binding)}. "
                 "Take another --workdir, or these values."
             )
-        for _, line in different:
-            logging.info("changed since the run began: %s", line)
-    elif workdir.exists() and any(path.name not in (LOCK, LEASE) for path in workdir.iterdir()):
+        return [line for _, line in different]
+    if workdir.exists() and any(path.name not in (LOCK, LEASE) for path in workdir.iterdir()):
         raise WorkdirError(f"{workdir} is not empty and holds no run (no config.json); take another --workdir")
+    return []
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:

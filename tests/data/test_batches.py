@@ -43,7 +43,7 @@ def test_epochs_are_whole_and_a_restart_on_other_hosts_loses_and_repeats_nothing
     }
 
     def dataset(number, of):
-        return batches.batches(streams, Feed(seed, total // of, (number, of), inner))
+        return batches.batches(streams, Feed(seed, total // of, (number,), of, inner))
 
     whole = [dataset(0, 1)[step] for step in range(STEPS)]
     seen = collections.defaultdict(list)

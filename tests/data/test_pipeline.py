@@ -235,7 +235,7 @@ def test_inner_batches_are_the_plain_batches_in_order(make):
 def test_hosts_share_one_global_order(make, data, inner_batches):
     axis = 1 if inner_batches else 0
     single = make("npedit", Feed(0, 8, inner_batches=inner_batches))
-    hosts = [make("npedit", Feed(0, 4, host=(number, 2), inner_batches=inner_batches)) for number in range(2)]
+    hosts = [make("npedit", Feed(0, 4, places=(number,), of=2, inner_batches=inner_batches)) for number in range(2)]
     for step in (0, 9):
         whole = np.concatenate([host[step]["reference"] for host in hosts], axis=axis)
         np.testing.assert_array_equal(whole, single[step]["reference"])

@@ -96,7 +96,7 @@ def test_a_sample_is_its_record(found, made):
 
 def test_every_host_has_the_bucket_of_the_step_and_its_slice_of_the_order(found):
     single = edits(found, Feed(3, 8, inner_batches=2))
-    hosts = [edits(found, Feed(3, 2, host=(number, 4), inner_batches=2)) for number in range(4)]
+    hosts = [edits(found, Feed(3, 2, places=(number,), of=4, inner_batches=2)) for number in range(4)]
     for step in (0, 1, 7, 1234):
         parts = [host[step] for host in hosts]
         assert len({part["reference"].shape for part in parts}) == 1
@@ -135,13 +135,13 @@ def test_interrupted_at_a_random_step_no_record_is_lost_or_repeated(found, unint
     stop = int(np.random.default_rng([hosts, then]).integers(1, steps))
     seen, states = [[] for _ in range(steps)], []
     for number in range(hosts):
-        iterator = _watched(found, Feed(7, batch // hosts, host=(number, hosts)), weights)
+        iterator = _watched(found, Feed(7, batch // hosts, (number,), hosts), weights)
         for step in range(stop):
             seen[step].append(next(iterator)["ids"])
         states.append(iterator.get_state())
     assert all(state == states[0] for state in states)
     for number in range(then):
-        iterator = _watched(found, Feed(7, batch // then, host=(number, then)), weights)
+        iterator = _watched(found, Feed(7, batch // then, (number,), then), weights)
         iterator.set_state(states[0])
         for step in range(stop, steps):
             seen[step].append(next(iterator)["ids"])

@@ -74,3 +74,16 @@ def test_limit_counts_the_updates_of_a_window_for_each_network():
         limit.check(200, {"skipped/student": 38, "skipped/fake_score": 100})
     with pytest.raises(RunFault, match="51 updates of fake_score .*at most 50"):
         limit.check(249, {"skipped/student": 27, "skipped/fake_score": 151})
+
+
+def test_readings_further_apart_than_the_window_count_all_steps_between():
+    limit = SkipLimit(0.1, 100, {"student": 1}, 0, {"student": 0})
+    limit.check(500, {"skipped/student": 50})
+    with pytest.raises(RunFault, match="step 1000: 51 updates of student .*within 500 steps.*at most 50"):
+        limit.check(1000, {"skipped/student": 101})
+
+
+def test_network_without_updates_is_not_looked_at():
+    SkipLimit(0.1, 100, {"student": 1, "fake_score": 0}, 0, {"student": 0, "fake_score": 0}).check(
+        1, {"skipped/student": 0}
+    )

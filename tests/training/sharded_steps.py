@@ -49,18 +49,18 @@ def batch(step: int) -> dict[str, np.ndarray]:
     """Batches of tiny_networks, with more samples, each another image."""
 
     def widen(x: np.ndarray) -> np.ndarray:
-        return x if x.shape[1] == 1 else np.concatenate([x] * (SAMPLES // x.shape[1]), axis=1)
+        return np.concatenate([x] * (SAMPLES // x.shape[1]), axis=1)
 
-    made = {name: widen(np.asarray(value)) for name, value in batches().items()}
+    made = {name: x if name in parallel.SHARED else widen(np.asarray(x)) for name, x in batches().items()}
     made["reference"] = np.random.default_rng(step).integers(0, 256, made["reference"].shape).astype(np.uint8)
     return made
 
 
 def host_batch(step: int, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """This process's share."""
-    number, parts = parallel.host_share(mesh)
-    cut = slice(number * SAMPLES // parts, (number + 1) * SAMPLES // parts)
-    return {name: x if x.shape[1] == 1 else x[:, cut] for name, x in batch(step).items()}
+    places, of = parallel.host_places(mesh)
+    own = [place * SAMPLES // of + inside for place in places for inside in range(SAMPLES // of)]
+    return {name: x if name in parallel.SHARED else x[:, own] for name, x in batch(step).items()}
 
 
 def whole_tree(tree: Any) -> Any:

@@ -109,13 +109,14 @@ def test_each_host_takes_its_places_of_every_global_batch():
         def __getitem__(self, index):
             return 0, index
 
-    whole = HostShare(Numbers(), Feed(0, 6, (0, 1)))
-    shares = [HostShare(Numbers(), Feed(0, 2, (host, 3))) for host in range(3)]
+    places = ((0, 3), (1, 5), (2, 4))  # as a mesh that follows the links of a pod gives them to hosts
+    whole = HostShare(Numbers(), Feed(0, 12))
+    shares = [HostShare(Numbers(), Feed(0, 4, own, of=6)) for own in places]
     for batch in range(4):
-        expected = [whole[6 * batch + place][1] for place in range(6)]
-        found = [share[2 * batch + place][1] for share in shares for place in range(2)]
-        assert found == expected
-    assert len(shares[0]) == 333
+        for own, share in zip(places, shares, strict=True):
+            expected = [whole[12 * batch + 2 * place + inside][1] for place in own for inside in range(2)]
+            assert [share[4 * batch + sample][1] for sample in range(4)] == expected
+    assert len(shares[0]) == 332
 
 
 @pytest.mark.parametrize("value", ["2/2@localhost:9", "0/2", "yes", "0/2@localhost", "-1/2@localhost:9"])

@@ -23,6 +23,7 @@ def run(folder, offload: tuple[str, ...], expected: str):
 
     def look(stage, state, frozen, step):
         assert kinds(state.optimizer) == kinds(frozen["base"]) == {expected}
+        assert kinds(stage.networks["base"].params) == {expected}  # no second copy stays on the devices
         assert kinds(state.params) == {"device"}
         draw(stage, state, frozen, step)
 
