@@ -53,9 +53,12 @@ setuptools.setup(
             "atheris>=3; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'",
             "npedit_jax[demo,docs,evaluate,instructions,prepare,torch]",
             "build",
+            "datasets",
             "hypothesis",
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
+            "peft",
             "playwright",
+            "pytest-timeout",
             "pytest-xdist",
             "pytest>=8",
             "ruff",

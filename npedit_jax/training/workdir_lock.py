@@ -166,10 +166,16 @@ class Lease:
         self._path.write_text(json.dumps({"lease": self._name, "renewal": number, "holder": _self()}))
 
     def _read(self) -> str:
-        try:
-            return self._path.read_text()
-        except FileNotFoundError:
-            return ""
+        """What the lease says; "" where there is none, or where a killed run left it empty."""
+        for _ in range(20):
+            try:
+                text = self._path.read_text()
+            except FileNotFoundError:
+                return ""
+            if text:
+                return text
+            time.sleep(0.01)  # it is being written
+        return ""
 
     def _is_mine(self) -> bool:
         return self._name in self._read()

@@ -74,7 +74,16 @@ def test_errors_end_and_place_are_passed_on():
 
 
 def _hang_at_batch_nine():
-    iterate = loop.iterate
+    """From there on a batch has a second; before, a busy machine may take its time."""
+    take, iterate = Watched.__next__, loop.iterate
+
+    def next_batch(self):
+        batch = take(self)
+        self._taken = getattr(self, "_taken", 0) + 1
+        self._seconds = 1.0 if self._taken >= 9 else self._seconds
+        return batch
+
+    Watched.__next__ = next_batch
 
     def hanging(dataset, reading):
         return iterate(dataset.map_with_index(_sleep_from_nine), reading)
@@ -89,8 +98,7 @@ def _sleep_from_nine(index, batch):
 
 
 def test_command_ends_although_a_thread_of_it_hangs(tmp_path):
-    options = ("--config.guard.data_seconds=1.0", "--config.steps=40")
-    run = Training(tmp_path / "run", *options, before=_hang_at_batch_nine)
+    run = Training(tmp_path / "run", "--config.steps=40", before=_hang_at_batch_nine)
     assert run.wait() == 1
     assert "train: no batch came within 1 s (config.guard.data_seconds)" in run.output().splitlines()[-1]
     assert saved(tmp_path / "run")[-1] == 8

@@ -64,8 +64,9 @@ def _lease(path, **options):
 
 
 def test_lease_is_refused_while_it_is_renewed(tmp_path):
-    with _lease(tmp_path / "lease"), pytest.raises(workdirs.WorkdirError, match="in use by process"):
-        _lease(tmp_path / "lease").__enter__()
+    patient = dict(seconds=5.0)  # the renewing thread may have to wait for its turn
+    with _lease(tmp_path / "lease", **patient), pytest.raises(workdirs.WorkdirError, match="in use by process"):
+        _lease(tmp_path / "lease", **patient).__enter__()
     assert not (tmp_path / "lease").exists()
 
 
