@@ -144,6 +144,11 @@ class TextTokenizer:
         rows = [_encode(self._tokenizer, self._prefix + text + self._suffix) for text in texts]
         return TextTokens(*_pad(rows, self.length, self._suffix_ids, self._pad))
 
+    def read(self, ids: np.ndarray) -> str:
+        """The text that one row of token ids was made from, given without its padding; cut texts stay cut."""
+        whole = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return whole.removeprefix(self._prefix).removesuffix(self._suffix)
+
 
 class ScorerTokenizer:
     """Prompts for Yes/No questions about one or two images, ending just before the answer.

@@ -50,6 +50,12 @@ def answer_loss(
     return jnp.sum(loss_BQ * weight_BQ, axis=-1) / jnp.maximum(jnp.sum(weight_BQ, axis=-1), 1e-6)
 
 
+def right_probability(logits_BQ2: jax.Array, answer_BQ: jax.Array) -> jax.Array:
+    """The probability over (No, Yes) of the wanted answer, 1 for Yes and 0 for No: [B, Q] in [0, 1]."""
+    yes_BQ = yes_probability(logits_BQ2)
+    return jnp.where(answer_BQ > 0.5, yes_BQ, 1.0 - yes_BQ)
+
+
 def yes_probability(logits_BQ2: jax.Array) -> jax.Array:
     """P(Yes) over the two answers, [B, Q] in [0, 1]."""
     return jax.nn.softmax(logits_BQ2.astype(jnp.float32), axis=-1)[..., 1]

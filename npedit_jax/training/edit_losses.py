@@ -271,8 +271,7 @@ def scorer_loss(
     loss = feedback.answer_loss(
         output.logits, output.logsumexp, wanted, weight_BQ, scale=scale, form=settings.scorer_form
     )
-    yes = feedback.yes_probability(output.logits)
-    right_BQ = jnp.where(wanted > 0.5, yes, 1.0 - yes)
+    right_BQ = feedback.right_probability(output.logits, wanted)
     metrics = {"loss/scorer": average(loss, batch["weight"])}
     for number, question in enumerate(QUESTIONS):
         asked = weight_BQ[:, number]

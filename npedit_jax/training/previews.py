@@ -1,6 +1,7 @@
 """PNG grids that show what a run makes while it trains."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,14 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
-from npedit_jax import parallel, sampling
+from npedit_jax import contact_sheet, parallel, sampling
 from npedit_jax.data.batches import arrays
+from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.models import lora
+from npedit_jax.objectives import feedback
 from npedit_jax.pixels import to_pixels, to_uint8
-from npedit_jax.training import stages
+from npedit_jax.training import networks, stages
+from npedit_jax.training.edit_losses import answers
 from npedit_jax.training.stages import Modules
 from npedit_jax.training.state import TrainState
 
@@ -46,16 +50,64 @@ class Previews:
         if self._config.stage not in PREVIEWS:
             return
         if self._program is None:
-            modules = {name: network.module for name, network in stage.networks.items()}
-            self._batch = parallel.put_batch(first_batch(stage), stage.mesh)
-            self._key = parallel.place(lambda: jax.random.key(0), parallel.replicated(stage.mesh))
-            self._program = program(self._config, modules, stage.adapted, stage.mesh)
-        rows = jax.device_get(self._program({**frozen, **state.ema}, self._batch, self._key))
+            self._build(stage)
+        params = {**frozen, **state.ema}
+        rows = self._program(params, self._batch, self._key)
+        told = jax.device_get(self._notes(params, self._batch, rows))
         if jax.process_index() != 0:
             return
+        rows = [row[:COLUMNS] for row in jax.device_get(rows)]
+        picture = self._sheet(rows, told) if PREVIEWS[self._config.stage] is _editor else grid(rows)
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"step-{step:07d}.png").open("wb") as file:
-            grid([row[:COLUMNS] for row in rows]).save(file, format="PNG")
+            picture.save(file, format="PNG")
+
+    def _build(self, stage: stages.Stage) -> None:
+        modules = {name: network.module for name, network in stage.networks.items()}
+        whole = parallel.replicated(stage.mesh)
+        self._batch = parallel.put_batch(first_batch(stage), stage.mesh)
+        self._key = parallel.place(lambda: jax.random.key(0), whole)
+        self._program = program(self._config, modules, stage.adapted, stage.mesh)
+        self._notes = jax.jit(functools.partial(_notes, modules), out_shardings=whole)
+        if "text_tokenizer" in self._config.data:
+            directory = networks.resolve(self._config.data.text_tokenizer)
+            self._text = TextTokenizer(directory, self._config.data.text_length)
+
+    def _sheet(self, rows: list[np.ndarray], told: Mapping[str, np.ndarray]) -> Image.Image:
+        """Reference and edit side by side, under the text, with the scorer's probabilities where it was asked."""
+        lines = []
+        for number, pair in enumerate(zip(*rows, strict=True)):
+            scores = [
+                f"{name} {told['right'][number, place]:.2f}"
+                for place, name in enumerate(("done", "rest kept"))
+                if "right" in told and told["question_weight"][number, place]
+            ]
+            cells = [contact_sheet.Cell(Image.fromarray(image)) for image in pair]
+            cells[-1] = cells[-1]._replace(lines=("   ".join(scores),) if scores else ())
+            lines.append((self._text.read(told["ids"][number][told["mask"][number]]), cells))
+        return contact_sheet.draw(lines)
+
+
+def _notes(
+    modules: Modules, params: Mapping[str, Any], batch: Mapping[str, jax.Array], rows: Sequence[jax.Array]
+) -> dict[str, jax.Array]:
+    """What stands beside pictures: tokens of the texts that they were made from, and the probability that the scorer
+    gives to the wanted answers about (reference, edit), [B, 2]."""
+    found = {}
+    if "caption_ids" in batch:
+        kind = _text_of(batch)
+        found = {"ids": batch[f"{kind}_ids"], "mask": batch[f"{kind}_mask"]}
+    if "scorer" in modules:
+        frozen = parallel.on_devices(params["scorer"])
+        output = answers(modules, frozen, *(to_pixels(row) for row in rows), batch)
+        found["right"] = feedback.right_probability(output.logits, batch["answer"])
+        found["question_weight"] = batch["question_weight"]
+    return found
+
+
+def _text_of(batch: Mapping[str, jax.Array]) -> str:
+    """What the student is told: the instruction, in the warm-up the caption."""
+    return "instruction" if "instruction_ids" in batch else "caption"
 
 
 def program(
@@ -122,7 +174,7 @@ def _editor(modules: Modules, config: ml_collections.ConfigDict) -> Callable:
 
     def rows(params, batch, rng):
         pixels, latents = sampling.encode_image(modules, params, batch["reference"])
-        kind = "instruction" if "instruction_ids" in batch else "caption"
+        kind = _text_of(batch)
         text = sampling.encode_text(modules, params, batch[f"{kind}_ids"], batch[f"{kind}_mask"])
         edited = sampling.edit(
             modules["student"],
