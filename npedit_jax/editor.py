@@ -16,10 +16,9 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from npedit_jax import export, pictures, sampling
+from npedit_jax import export, parallel, pictures, sampling
 from npedit_jax.data import questions
 from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.pixels import to_uint8
@@ -60,12 +59,12 @@ class Editor:
     ):
         if fit not in FITS:
             raise ValueError(f"unknown way to fit a picture {fit!r}; choose one of {FITS}")
-        mesh = Mesh(np.array(jax.local_devices()), ("batch",))
-        self._by_sample = NamedSharding(mesh, PartitionSpec("batch"))
+        # The axes of training: modules that lay kernels and activations out over a mesh look for these.
+        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._by_sample = parallel.batch_sharding(self._mesh)
         self._modules = {name: made[name].module for name in NETWORKS}
-        self._params = jax.device_put(
-            {name: made[name].params for name in NETWORKS}, NamedSharding(mesh, PartitionSpec())
-        )
+        params = {name: made[name].params for name in NETWORKS}
+        self._params = jax.device_put(params, parallel.replicated(self._mesh))
         self._tokenizer = tokenizer
         self._settings = dict(settings)
         self._buckets, self._fit, self._prefix = buckets, fit, prefix
@@ -95,6 +94,7 @@ class Editor:
         step, made = export.newest_networks(run_directory, raw=raw)
         frozen = [name for name in NETWORKS if name not in made]
         made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
+        made = {name: networks.on_this_machine(network) for name, network in made.items()}
         tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
         buckets = config.data.buckets if "buckets" in config.data else ()
         settings = config.sampling.to_dict()
@@ -178,7 +178,8 @@ class Editor:
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
             batch = jax.device_put([x[rows] for x in inputs], self._by_sample)
-            edited[rows] = self._program(self._params, *batch)
+            with jax.set_mesh(self._mesh):
+                edited[rows] = self._program(self._params, *batch)
         return edited
 
     def _edit(

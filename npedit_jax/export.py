@@ -103,7 +103,7 @@ def export(
     made = trained_networks(run, raw=raw)
     if frozen:
         others = [name for name in ("autoencoder", "text_encoder") if name in config.networks and name not in made]
-        made |= {name: networks.create(config.networks[name], rng=None, dtype=None) for name in others}
+        made |= {name: networks.create(config.networks[name], rng=None, as_stored=True) for name in others}
     written = []
     for name, (module, params) in made.items():
         if name == "autoencoder" and name in config.optimizer:

@@ -49,11 +49,11 @@ class Judge:
         config = workdirs.read_config(run)
         if not has_scorer(config):
             raise workdirs.WorkdirError(f"{run} learned from no scorer; leave out what asks for its scores")
-        module, params = networks.create(config.networks.scorer, jax.random.key(config.seed))
+        scorer = networks.on_this_machine(networks.create(config.networks.scorer, rng=None))
         directory = networks.resolve(config.data.scorer_tokenizer)
-        tokenizer = ScorerTokenizer(directory, module.image_tokens, config.data.question_length)
+        tokenizer = ScorerTokenizer(directory, scorer.module.image_tokens, config.data.question_length)
         own = config.data.tasks[task].templates if task and "tasks" in config.data else config.data.templates
-        return cls(networks.Network(module, params), tokenizer, questions.TEMPLATES[templates or own])
+        return cls(scorer, tokenizer, questions.TEMPLATES[templates or own])
 
     def questions(self, instruction: str, edit_type: str = "", object: str = "") -> Pair:
         """The two questions about an edit; with the type "remove" and an object the first asks whether it is there."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from npedit_jax import Editor, edit, pictures
+from npedit_jax import Editor, edit, pictures, sampling
 from npedit_jax.data import questions
 from npedit_jax.judge import Judge
 from tests.faults.command import CONTEXT
@@ -66,6 +66,10 @@ def test_task_that_a_run_tells_apart_is_told_to_it(run, tmp_path):
     shutil.copytree(run, several)
     config = json.loads((several / "config.json").read_text())
     config["data"] |= {"task_prefix": True, "tasks": {"editing": {"templates": "editing"}}}
+    # As of a run on another machine: its kernels are not of this one, and its scorer is kept in half the memory.
+    for name, kernel in {"student": "splash", "text_encoder": "cudnn", "scorer": "splash"}.items():
+        config["networks"][name]["options"] = {"implementation": kernel}
+    config["networks"]["scorer"]["options"] |= {"param_dtype": "bfloat16"}
     (several / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="was trained for .'editing'., not for customization"):
         Editor.from_checkpoint(several, task="customization")
@@ -79,6 +83,11 @@ def test_task_that_a_run_tells_apart_is_told_to_it(run, tmp_path):
     for judge, templates in [(Judge.of_run(several, task="editing"), "editing"), (Judge.of_run(run), "easyvqa")]:
         wanted = questions.edit_questions(questions.TEMPLATES[templates], "", instruction="remove it", object="")
         assert judge.questions("remove it") == wanted
+    modules = [told._modules["student"], told._modules["text_encoder"].decoder]
+    judge = Judge.of_run(several, task="editing")
+    modules += [judge._module.vision, judge._module.language]
+    assert {module.implementation for module in modules} == {"xla"}
+    assert {str(x.dtype) for x in jax.tree.leaves(judge._params)} == {"bfloat16"}
 
 
 def test_short_last_batch_is_filled_up(editor):
@@ -211,9 +220,15 @@ def test_best_of_keeps_the_seed_that_the_scorer_prefers(run, tmp_path):
 
 def _edit_on_two_devices(run, file):
     jax.config.update("jax_num_cpu_devices", 2)
-    editor = Editor.from_checkpoint(run)
-    assert editor._by_sample.num_devices == 2
+    editor, meshes, encode = Editor.from_checkpoint(run), [], sampling.encode_image
+
+    def encode_noting(*arguments):
+        meshes.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return encode(*arguments)
+
+    sampling.encode_image = encode_noting
     np.save(file, editor.edit_batch(_images(3), ["make the circle red", "remove the circle", "do nothing."], [0, 1, 7]))
+    assert meshes == [{"data": 2, "fsdp": 1, "tensor": 1}]  # known inside the program: XLA cannot split a kernel itself
 
 
 def test_batch_is_spread_over_the_devices(run, editor, tmp_path):

@@ -283,9 +283,7 @@ def _makers(config: Config, mesh: Mesh | None) -> dict[str, Callable[[], Network
             options |= {"base": specs[config.lora.base[name]], "start": config.lora.start[name]}
             found[name] = functools.partial(networks.adapt, spec, rng=key, mesh=mesh, **options)
         else:
-            # Weights are stored as the module's parameters are typed: frozen ones in bfloat16 on an accelerator.
-            dtype = spec.options.get("param_dtype", "float32")
-            found[name] = functools.partial(networks.create, spec, key, dtype=dtype, mesh=mesh)
+            found[name] = functools.partial(networks.create, spec, key, mesh=mesh)
     return found
 
 
