@@ -28,6 +28,7 @@ PAD, CHAT_START = "<|endoftext|>", "<|im_start|>"
 # Around the instruction. Chat: Qwen3's template with the generation prompt and no thinking. Plain: an end token.
 CHAT_PROMPT = (f"{CHAT_START}user\n", f"<|im_end|>\n{CHAT_START}assistant\n<think>\n\n</think>\n\n")
 PLAIN_PROMPT = ("", PAD)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow reads others by running programs
 SINUSOID_PERIOD = 10000.0
 SMALLEST_DIVISOR = 0.05  # below this time a predicted sample is read as a damped velocity
 
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with Image.open(arguments.image) as file:
+        with Image.open(arguments.image, formats=FORMATS) as file:
             image = file.copy()
         noise = _read_noise(arguments.noise) if arguments.noise else None
         directories = [arguments.editor, *([arguments.base] if arguments.base else [])]
