@@ -17,6 +17,7 @@ from tests.faults.command import CONTEXT
 from tests.tiny_editor import write_run
 
 SAMPLING = dict(times=(1.0, 0.5), sampler="ddim", eta=1.0)
+LONG_QUESTION = "remove the circle " * 14  # an instruction that the editor takes, and the scorer not
 TOKENIZER = "package:pretrained/easyvqa/text_encoder"
 
 
@@ -333,6 +334,10 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(run, folder, capsys, c
         ({"instruction": "make the dog purple"}, "unknown words: dog, purple"),
         ({"output": "folder.png"}, "is a folder"),
         ({"output": "a.png"}, "output a.png is asked for twice"),
+        ({"output": "./good.png"}, "output ./good.png is also an image to edit"),
+        ({"seed": -1}, "from 0 to 4294967295, found -1"),
+        ({"seed": 2**32 - 1}, "from 0 to 4294967295, found 4294967296"),
+        ({"instruction": LONG_QUESTION}, "the scorer's question 'was this done: remove the circle"),
     ],
     ids=str,
 )
@@ -340,7 +345,7 @@ def test_bad_line_of_a_batch_file_is_numbered(run, folder, capsys, line, told):
     good = {"image": "good.png", "instruction": "remove the circle", "output": "a.png"}
     bad = line if isinstance(line, bytes) else json.dumps(good | {"output": "b.png"} | line).encode()
     (folder / "requests.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + bad + b"\n")
-    message = _told(capsys, folder, ["--checkpoint", str(run), "--batch", "requests.jsonl"])
+    message = _told(capsys, folder, ["--checkpoint", str(run), "--batch", "requests.jsonl", "--best-of", "2"])
     assert message.startswith("edit: requests.jsonl line 2: ") and told in message
 
 

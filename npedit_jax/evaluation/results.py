@@ -24,7 +24,7 @@ from npedit_jax.editor import Editor
 from npedit_jax.evaluation import viescore
 from npedit_jax.evaluation.cases import Case, iterate
 from npedit_jax.evaluation.preservation import preservation
-from npedit_jax.judge import Judge, successes
+from npedit_jax.judge import Judge, Pair, successes
 from npedit_jax.training.workdirs import write_whole
 
 FIGURES = ("done", "kept", "ssim", "psnr", "consistency", "quality", "overall")
@@ -139,12 +139,15 @@ def make(
       advance: called with the number of edits after each batch.
 
     Raises:
-      ValueError: a case whose picture does not read or whose instruction the editor does not take; it is named.
+      ValueError: a case whose picture does not read or whose instruction the editor or the judge does not take; it is
+        named.
     """
     todo = [case for case in cases if case.key not in results]
     for case in todo:
         try:
             editor.check(case.instruction)
+            if judge is not None:
+                judge.check([_asked(judge, case)])
         except ValueError as error:
             raise ValueError(f"case {case.key}: {error}") from error
     waiting: dict[tuple[int, ...], list[tuple[Case, pictures.Size, np.ndarray]]] = {}
@@ -175,9 +178,7 @@ def _make_batch(
     edited = editor.edit_batch(references, [case.instruction for case in cases], seeds, batch_size=batch)
     scores = [{}] * len(cases)
     if judge is not None:
-        asked = [
-            judge.questions(case.instruction, case.edit_type if case.object else "", case.object) for case in cases
-        ]
+        asked = [_asked(judge, case) for case in cases]
         found = successes(judge(references, edited, asked, batch=batch), asked).tolist()
         scores = [{"done": done, "kept": kept} for done, kept in found]
     for number, case in enumerate(cases):
@@ -185,6 +186,10 @@ def _make_batch(
         row = {name: getattr(case, name) for name in ("key", "part", "task", "instruction")} | {"seed": seeds[number]}
         row |= scores[number] | preservation(reference, edit, case.mask() if case.mask else None)
         results.add(row, pictures.resize(edit, sizes[number]) if original_size else edit, reference)
+
+
+def _asked(judge: Judge, case: Case) -> Pair:
+    return judge.questions(case.instruction, case.edit_type if case.object else "", case.object)
 
 
 def grade(results: Results, grader: viescore.Grader, keys: Sequence[str], advance: Callable[[int], Any]) -> None:

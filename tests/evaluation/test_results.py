@@ -147,6 +147,15 @@ def test_bad_input_is_told_in_one_line(run, tmp_path, monkeypatch, words, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_question_that_the_scorer_cannot_take_is_told_before_the_first_edit(run, photographs, tmp_path):
+    lines = (photographs / "instructions.jsonl").read_text()
+    more = {"image": "coffee.jpg", "key": "long", "instruction": "remove the circle " * 14}
+    (photographs / "instructions.jsonl").write_text(f"{lines}\n{json.dumps(more)}")
+    with pytest.raises(SystemExit, match="case all/long: the scorer's question .* is longer than 48 tokens"):
+        _evaluate(run, tmp_path / "out", "--benchmark", "folder", "--data", photographs, "--batch", 1)
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
 def test_nothing_to_edit_is_told(tmp_path, run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "instructions.jsonl").write_text("\n")
