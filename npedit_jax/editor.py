@@ -88,9 +88,9 @@ class Editor:
           FileNotFoundError, ValueError: the weights of a frozen network are missing or do not fit.
         """
         config = read_config(run_directory)
-        if "tasks" in config.data and task not in config.data.tasks:
-            raise workdirs.WorkdirError(f"{run_directory} was trained for {list(config.data.tasks)}, not for {task}")
-        prefix = questions.TASK_PREFIXES[task] if config.data.get("task_prefix") else ""
+        prefixes = export.task_prefixes(config)
+        if prefixes and task not in prefixes:
+            raise workdirs.WorkdirError(f"{run_directory} was trained for {list(prefixes)}, not for {task}")
         step, made = export.newest_networks(run_directory, raw=raw)
         frozen = [name for name in NETWORKS if name not in made]
         made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
@@ -98,7 +98,7 @@ class Editor:
         tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
         buckets = config.data.buckets if "buckets" in config.data else ()
         settings = config.sampling.to_dict()
-        return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefix, step=step)
+        return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefixes.get(task, ""), step=step)
 
     def check(self, instruction: str, seed: int = 0) -> None:
         """Checks one request without computing anything.

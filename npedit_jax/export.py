@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from npedit_jax import weights
-from npedit_jax.data import easyvqa
+from npedit_jax.data import easyvqa, questions
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, stages, workdirs
@@ -161,8 +161,16 @@ def export_adapter(
     return [str(epath.Path(output))]
 
 
+def task_prefixes(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """What instructions begin with for each task of a run that has learned several; empty for any other run."""
+    told = config.data.get("task_prefix")
+    return {name: questions.TASK_PREFIXES[name] if told else "" for name in config.data.get("tasks", ())}
+
+
 def _write_settings(config: ml_collections.ConfigDict, output: epath.Path) -> epath.Path:
     settings = config.sampling.to_dict() | {"text_length": config.data.text_length}
+    if prefixes := task_prefixes(config):
+        settings["prefixes"] = prefixes
     file = output / "editor.json"
     workdirs.write_whole(file, json.dumps(settings, indent=2) + "\n")
     return file

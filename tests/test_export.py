@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from npedit_jax import export, weights
-from npedit_jax.data import easyvqa
+from npedit_jax.data import easyvqa, questions
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import loop, networks, stages, workdirs
 from tests.tiny_editor import noise, write_run
@@ -83,6 +84,14 @@ def test_transformer_in_shards_is_read_by_its_original_class(editor_run, tmp_pat
     assert model.state_dict().keys() == expected.keys()
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), expected[name])
+
+
+def test_settings_of_an_editor_of_several_tasks_tell_their_prefixes(editor_run, tmp_path):
+    config = workdirs.read_config(editor_run)
+    for told, prefixes in ((True, questions.TASK_PREFIXES), (False, {"customization": "", "editing": ""})):
+        config.data.update(tasks=dict(customization=dict(), editing=dict()), task_prefix=told)
+        file = export._write_settings(config, epath.Path(tmp_path))
+        assert json.loads(file.read_text())["prefixes"] == prefixes
 
 
 def test_frozen_networks_of_an_editor_come_along_on_request(editor_run, tmp_path):
