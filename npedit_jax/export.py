@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from absl import logging
 from etils import epath
 
 from npedit_jax import weights
-from npedit_jax.data import easyvqa, questions
+from npedit_jax.data import questions
+from npedit_jax.data.batches import arrays
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, stages, workdirs
@@ -107,7 +109,7 @@ def export(
     written = []
     for name, (module, params) in made.items():
         if name == "autoencoder" and name in config.optimizer:
-            module = normalised(module, params)
+            module = normalised(module, params, training_images(config))
         folder = epath.Path(output) / FOLDERS[name]
         weights.save(config.networks[name].kind, module, params, folder, max_shard_bytes, dtype)
         tokenizer = {"text_encoder": "text_tokenizer", "scorer": "scorer_tokenizer"}.get(name)
@@ -176,11 +178,19 @@ def _write_settings(config: ml_collections.ConfigDict, output: epath.Path) -> ep
     return file
 
 
-def normalised(module: Autoencoder, params: Any, images: int = 512, batch: int = 64) -> Autoencoder:
-    """The autoencoder with the shift and scale that give the latents of training images mean 0 and deviation 1."""
+def training_images(config: ml_collections.ConfigDict, count: int = 512) -> Iterator[np.ndarray]:
+    """Batches of the first images, at least `count`, of a run of stage autoencoder, each uint8 [B, H, W, 3]."""
+    config = config.copy_and_resolve_references()
+    # The devices here need not be those of the run.
+    config.mesh, config.batch_size = dict(data=-1, fsdp=1, tensor=1), 8 * jax.device_count()
+    dataset = stages.DATASETS[config.stage](config, {})
+    return (arrays(dataset[number])["image"] for number in range(-(-count // config.batch_size)))
+
+
+def normalised(module: Autoencoder, params: Any, images: Iterable[np.ndarray]) -> Autoencoder:
+    """The autoencoder with the shift and scale that give the latents of the images mean 0 and deviation 1."""
     encode = jax.jit(lambda x: module.apply({"params": params}, to_pixels(x), method="encode_moments")[0])
-    pictures = easyvqa.load("train").images[:images]
-    means = np.concatenate([encode(pictures[start : start + batch]) for start in range(0, images, batch)])
+    means = np.concatenate([np.ravel(encode(batch)) for batch in images])
     shift, scale = float(means.mean()), 1.0 / float(means.std())
     return module.clone(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
 

@@ -12,9 +12,10 @@ import safetensors.numpy
 from etils import epath
 
 from npedit_jax import export, weights
-from npedit_jax.data import easyvqa, questions
+from npedit_jax.data import questions
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import loop, networks, stages, workdirs
+from tests.data import record_sets
 from tests.tiny_editor import noise, write_run
 from tests.training.tiny import autoencoder_config
 from tests.training.tiny_networks import lora_config
@@ -44,10 +45,21 @@ def test_exported_weights_are_those_of_the_run(run, tmp_path, raw):
 def test_latents_of_an_exported_autoencoder_have_mean_0_and_deviation_1(run, tmp_path):
     export.export(run[0], tmp_path, raw=False, dtype=None)
     module, params = weights.load("autoencoder", tmp_path / "vae")
-    pixels = to_pixels(easyvqa.load("train").images[:512])
+    pixels = to_pixels(np.concatenate(list(export.training_images(autoencoder_config()))))
     latents = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))(pixels)
     assert abs(float(latents.mean())) < 2e-2
     assert abs(float(latents.std()) - 1.0) < 2e-2
+
+
+def test_training_images_are_those_of_the_runs_records(tmp_path):
+    """On a machine with other devices than the run's."""
+    record_sets.write(tmp_path / "set", record_sets.photograph_records(5))
+    config = autoencoder_config()
+    data = dict(records=str(tmp_path / "set"), buckets=record_sets.BUCKETS[:1], options=dict(fraction=1.0, flip=0.0))
+    config.data, config.mesh.fsdp = dict(config.data) | data, 16
+    images = np.concatenate(list(export.training_images(config, count=20)))
+    assert len(images) == 24 and images.shape[1:] == (*record_sets.BUCKETS[0], 3)
+    assert len(np.unique(images.reshape(24, -1), axis=0)) == 5  # over and over
 
 
 def test_existing_folders_are_left_alone(run, tmp_path):
