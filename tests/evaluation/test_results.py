@@ -79,11 +79,22 @@ def test_folder_of_photographs(run, photographs, tmp_path, capsys):
     assert again["remove/coffee"]["psnr"] == pytest.approx(rows["remove/coffee"]["psnr"], rel=1e-2)
     with pytest.raises(SystemExit, match="results of other settings: seed is 0 there"):
         _evaluate(run, tmp_path / "out", *words, "--name", "first", "--seed", 1)
+    photographs.rename(tmp_path / "others")
+    Image.fromarray(data.rocket()).save(tmp_path / "others" / "astronaut.jpg")
+    with pytest.raises(SystemExit, match="other settings: data is '.*photographs' there"):
+        _evaluate(run, tmp_path / "out", "--benchmark", "folder", "--data", tmp_path / "others", "--name", "first")
+    (tmp_path / "others").rename(photographs)
+    with pytest.raises(SystemExit, match="holds an edit recolor/astronaut of another picture"):
+        _evaluate(run, tmp_path / "out", *words, "--name", "first")
 
     # Another editor, and both on one page.
     _evaluate(run, tmp_path / "out", *words, "--name", "second, 50 % #2", "--raw")
     both = [str(tmp_path / "out" / name) for name in ("first", "second, 50 % #2")]
+    for name in ("edits.jsonl", "answers.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"key": "recolor/astro')  # being written now: it is not for a reader to mend it
     evaluate.main(["--compare", *both, "--output", str(tmp_path / "out" / "pages" / "both.html")])
+    assert all((folder / name).read_text().endswith("astro") for name in ("edits.jsonl", "answers.jsonl"))
     page = (tmp_path / "out" / "pages" / "both.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
     assert len(links) == 9
