@@ -40,7 +40,9 @@ setuptools.setup(
         "tqdm",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        # What epath opens gs:// with, and what tensorboardX writes there with.
+        "gcs": ["etils[epath-gcs]", "google-cloud-storage"],
+        "tpu": ["jax[tpu]", "npedit_jax[gcs]"],
         "wandb": ["wandb"],
         "torch": ["torch==2.13.0", "diffusers>=0.37", "transformers>=5"],
         "demo": ["gradio>=6"],

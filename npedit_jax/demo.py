@@ -46,7 +46,8 @@ class Demo:
         """Reference and edit, both at the networks' size, and what to say about them.
 
         Raises:
-          ValueError: no picture, one that cannot be used, or an instruction or seed that the editor does not take.
+          ValueError: no picture, one that cannot be used, or an instruction or seed that the editor or the scorer does
+            not take.
         """
         if not file:
             raise ValueError("Upload a picture first.")
@@ -55,11 +56,13 @@ class Demo:
         if seed is None:
             raise ValueError("Give a seed, a whole number.")
         self._editor.check(instruction, seed)
+        if self._judge is not None:
+            asked = [self._judge.questions(instruction)]
+            self._judge.check(asked)
         reference = self._editor.fit(pictures.read(file))
         edited = self._editor.edit_batch(reference[None], [instruction], [seed])
         words = f"seed {seed}"
         if self._judge is not None:
-            asked = [self._judge.questions(instruction)]
             ((done, kept),) = successes(self._judge(reference[None], edited, asked, batch=1), asked)
             words = f"done {done:.2f} · rest kept {kept:.2f} · {words}"
         return _enlarged(reference), _enlarged(edited[0]), words

@@ -124,11 +124,18 @@ def edit(checkpoint: str, requests: list[Request], options: Options = DEFAULTS) 
       ValueError: a request or the checkpoint directory is wrong; nothing has been written then.
     """
     outputs: dict[str, Request] = {}
+    readers = collections.defaultdict(list)
+    for request in requests:
+        with _saying(request.origin):
+            readers[_place(request.image)].append(request)
     for request in requests:
         with _saying(request.origin):
             check_output(request.output)
-            if outputs.setdefault(str(epath.Path(request.output).resolve()), request) is not request:
+            place = _place(request.output)
+            if outputs.setdefault(place, request) is not request:
                 raise ValueError(f"output {request.output} is asked for twice")
+            if any(other is not request for other in readers[place]):  # the edit could be there before it is read
+                raise ValueError(f"output {request.output} is also an image to edit; give it another name")
     with tqdm.tqdm(total=len(requests), desc="edit", unit="edit", disable=None if len(requests) > 1 else True) as bar:
         for number, made in make(checkpoint, requests, options):
             notes = {"instruction": requests[number].instruction, "seed": made.seed}
@@ -137,6 +144,11 @@ def edit(checkpoint: str, requests: list[Request], options: Options = DEFAULTS) 
                 notes |= {"P(done)": f"{made.scores[0]:.4f}", "P(rest kept)": f"{made.scores[1]:.4f}"}
             pictures.write_png(made.picture, requests[number].output, notes)
             bar.update()
+
+
+def _place(file: str) -> str:
+    """A file's own name, whatever leads to it."""
+    return str(epath.Path(file).resolve())
 
 
 def sheet(
@@ -178,8 +190,12 @@ def make(checkpoint: str, requests: Sequence[Request], options: Options) -> Iter
     editor = Editor.from_checkpoint(checkpoint, raw=options.raw, fit=options.fit, task=options.task)
     for request in requests:
         with _saying(request.origin):
-            editor.check(request.instruction, request.seed + options.best_of - 1)
+            for seed in (request.seed, request.seed + options.best_of - 1):
+                editor.check(request.instruction, seed)
     judge = Judge.of_run(checkpoint, task=options.task) if options.score or options.best_of > 1 else None
+    for request in requests if judge else ():
+        with _saying(request.origin):
+            judge.check([judge.questions(request.instruction)])
 
     by_size = collections.defaultdict(list)
     for number, request in enumerate(requests):

@@ -16,10 +16,9 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from npedit_jax import export, pictures, sampling
+from npedit_jax import export, parallel, pictures, sampling
 from npedit_jax.data import questions
 from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.pixels import to_uint8
@@ -60,12 +59,12 @@ class Editor:
     ):
         if fit not in FITS:
             raise ValueError(f"unknown way to fit a picture {fit!r}; choose one of {FITS}")
-        mesh = Mesh(np.array(jax.local_devices()), ("batch",))
-        self._by_sample = NamedSharding(mesh, PartitionSpec("batch"))
+        # The axes of training: modules that lay kernels and activations out over a mesh look for these.
+        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._by_sample = parallel.batch_sharding(self._mesh)
         self._modules = {name: made[name].module for name in NETWORKS}
-        self._params = jax.device_put(
-            {name: made[name].params for name in NETWORKS}, NamedSharding(mesh, PartitionSpec())
-        )
+        params = {name: made[name].params for name in NETWORKS}
+        self._params = jax.device_put(params, parallel.replicated(self._mesh))
         self._tokenizer = tokenizer
         self._settings = dict(settings)
         self._buckets, self._fit, self._prefix = buckets, fit, prefix
@@ -89,16 +88,17 @@ class Editor:
           FileNotFoundError, ValueError: the weights of a frozen network are missing or do not fit.
         """
         config = read_config(run_directory)
-        if "tasks" in config.data and task not in config.data.tasks:
-            raise workdirs.WorkdirError(f"{run_directory} was trained for {list(config.data.tasks)}, not for {task}")
-        prefix = questions.TASK_PREFIXES[task] if config.data.get("task_prefix") else ""
+        prefixes = export.task_prefixes(config)
+        if prefixes and task not in prefixes:
+            raise workdirs.WorkdirError(f"{run_directory} was trained for {list(prefixes)}, not for {task}")
         step, made = export.newest_networks(run_directory, raw=raw)
         frozen = [name for name in NETWORKS if name not in made]
         made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
+        made = {name: networks.on_this_machine(network) for name, network in made.items()}
         tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
         buckets = config.data.buckets if "buckets" in config.data else ()
         settings = config.sampling.to_dict()
-        return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefix, step=step)
+        return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefixes.get(task, ""), step=step)
 
     def check(self, instruction: str, seed: int = 0) -> None:
         """Checks one request without computing anything.
@@ -178,7 +178,8 @@ class Editor:
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
             batch = jax.device_put([x[rows] for x in inputs], self._by_sample)
-            edited[rows] = self._program(self._params, *batch)
+            with jax.set_mesh(self._mesh):
+                edited[rows] = self._program(self._params, *batch)
         return edited
 
     def _edit(

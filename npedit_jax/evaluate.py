@@ -89,9 +89,8 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
     if not cases:
         raise ValueError(f"{given.data} holds nothing to edit")
     cases = cases[: given.limit]
-    settings = {
-        name: getattr(given, name) for name in ("benchmark", "checkpoint", "raw", "seed", "fit", "original_size")
-    }
+    decisive = ("benchmark", "data", "checkpoint", "raw", "seed", "fit", "original_size")
+    settings = {name: getattr(given, name) for name in decisive}
     task = "customization" if given.benchmark == "dreambooth" else "editing"
     editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=task)
     name = given.name or epath.Path(given.checkpoint).resolve().name

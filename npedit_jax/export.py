@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from absl import logging
 from etils import epath
 
 from npedit_jax import weights
-from npedit_jax.data import easyvqa
+from npedit_jax.data import questions
+from npedit_jax.data.batches import arrays
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, stages, workdirs
@@ -103,11 +105,11 @@ def export(
     made = trained_networks(run, raw=raw)
     if frozen:
         others = [name for name in ("autoencoder", "text_encoder") if name in config.networks and name not in made]
-        made |= {name: networks.create(config.networks[name], rng=None, dtype=None) for name in others}
+        made |= {name: networks.create(config.networks[name], rng=None, as_stored=True) for name in others}
     written = []
     for name, (module, params) in made.items():
         if name == "autoencoder" and name in config.optimizer:
-            module = normalised(module, params)
+            module = normalised(module, params, training_images(config))
         folder = epath.Path(output) / FOLDERS[name]
         weights.save(config.networks[name].kind, module, params, folder, max_shard_bytes, dtype)
         tokenizer = {"text_encoder": "text_tokenizer", "scorer": "scorer_tokenizer"}.get(name)
@@ -161,18 +163,34 @@ def export_adapter(
     return [str(epath.Path(output))]
 
 
+def task_prefixes(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """What instructions begin with for each task of a run that has learned several; empty for any other run."""
+    told = config.data.get("task_prefix")
+    return {name: questions.TASK_PREFIXES[name] if told else "" for name in config.data.get("tasks", ())}
+
+
 def _write_settings(config: ml_collections.ConfigDict, output: epath.Path) -> epath.Path:
     settings = config.sampling.to_dict() | {"text_length": config.data.text_length}
+    if prefixes := task_prefixes(config):
+        settings["prefixes"] = prefixes
     file = output / "editor.json"
     workdirs.write_whole(file, json.dumps(settings, indent=2) + "\n")
     return file
 
 
-def normalised(module: Autoencoder, params: Any, images: int = 512, batch: int = 64) -> Autoencoder:
-    """The autoencoder with the shift and scale that give the latents of training images mean 0 and deviation 1."""
+def training_images(config: ml_collections.ConfigDict, count: int = 512) -> Iterator[np.ndarray]:
+    """Batches of the first images, at least `count`, of a run of stage autoencoder, each uint8 [B, H, W, 3]."""
+    config = config.copy_and_resolve_references()
+    # The devices here need not be those of the run.
+    config.mesh, config.batch_size = dict(data=-1, fsdp=1, tensor=1), 8 * jax.device_count()
+    dataset = stages.DATASETS[config.stage](config, {})
+    return (arrays(dataset[number])["image"] for number in range(-(-count // config.batch_size)))
+
+
+def normalised(module: Autoencoder, params: Any, images: Iterable[np.ndarray]) -> Autoencoder:
+    """The autoencoder with the shift and scale that give the latents of the images mean 0 and deviation 1."""
     encode = jax.jit(lambda x: module.apply({"params": params}, to_pixels(x), method="encode_moments")[0])
-    pictures = easyvqa.load("train").images[:images]
-    means = np.concatenate([encode(pictures[start : start + batch]) for start in range(0, images, batch)])
+    means = np.concatenate([np.ravel(encode(batch)) for batch in images])
     shift, scale = float(means.mean()), 1.0 / float(means.std())
     return module.clone(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
 

@@ -1,12 +1,13 @@
 """FLOPs that a function needs, counted from the shapes of its products before any compiler sees it."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+
+from npedit_jax.models import layers
 
 # What a step needs: nothing is computed twice, and attention is two products.
 PLAIN = {"remat": "none", "implementation": "xla"}
@@ -16,10 +17,7 @@ REORDERING = "reordering"
 
 def plain(module: nn.Module) -> nn.Module:
     """The module with `PLAIN` options, in its parts as well: the one to count."""
-    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
-    changes = {name: value for name, value in PLAIN.items() if name in fields}
-    parts = {name: plain(x) for name, x in fields.items() if isinstance(x, nn.Module) and name != "parent"}
-    return module.clone(**changes, **parts)
+    return layers.changed(module, lambda name, value: PLAIN.get(name, value))
 
 
 def useful(function: Callable[..., Any], *arguments: Any) -> float:

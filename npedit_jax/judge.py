@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from npedit_jax.data import questions
-from npedit_jax.data.tokenize import ScorerTokenizer
+from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer
 from npedit_jax.objectives import feedback
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import networks, workdirs
@@ -45,19 +45,36 @@ class Judge:
 
         Raises:
           WorkdirError: the directory is no run, or one without a scorer.
+          ValueError: there are no templates of that name.
         """
         config = workdirs.read_config(run)
         if not has_scorer(config):
             raise workdirs.WorkdirError(f"{run} learned from no scorer; leave out what asks for its scores")
-        module, params = networks.create(config.networks.scorer, jax.random.key(config.seed))
-        directory = networks.resolve(config.data.scorer_tokenizer)
-        tokenizer = ScorerTokenizer(directory, module.image_tokens, config.data.question_length)
         own = config.data.tasks[task].templates if task and "tasks" in config.data else config.data.templates
-        return cls(networks.Network(module, params), tokenizer, questions.TEMPLATES[templates or own])
+        wordings = questions.templates(templates or own)
+        scorer = networks.on_this_machine(networks.create(config.networks.scorer, rng=None))
+        directory = networks.resolve(config.data.scorer_tokenizer)
+        tokenizer = ScorerTokenizer(directory, scorer.module.image_tokens, config.data.question_length)
+        return cls(scorer, tokenizer, wordings)
 
     def questions(self, instruction: str, edit_type: str = "", object: str = "") -> Pair:
         """The two questions about an edit; with the type "remove" and an object the first asks whether it is there."""
         return questions.edit_questions(self._templates, edit_type, instruction=instruction, object=object)
+
+    def check(self, asked: Sequence[Pair]) -> None:
+        """Raises ValueError as a call with these questions does, computing nothing."""
+        self._tokenize(asked)
+
+    def _tokenize(self, asked: Sequence[Pair]) -> QuestionTokens:
+        """Prompts of all questions, those about an edit one after the other."""
+        texts = [question for pair in asked for question in pair]
+        tokens = self._tokenizer(texts)
+        if tokens.cut.any():
+            raise ValueError(
+                f"the scorer's question {texts[int(tokens.cut.argmax())].text!r} is longer than "
+                f"{self._tokenizer.length} tokens with the pictures and the prompt around it; shorten the instruction"
+            )
+        return tokens
 
     def __call__(
         self,
@@ -80,7 +97,7 @@ class Judge:
           ValueError: a question that is too long, or has words that the scorer does not know.
         """
         count = len(asked)
-        tokens = self._tokenizer([question for pair in asked for question in pair])
+        tokens = self._tokenize(asked)
         prompts = [x.reshape(count, 2, -1) for x in (tokens.ids, tokens.mask, tokens.image_index)]
         answers = np.empty((count, 2), np.float32)
         for start in range(0, count, batch):

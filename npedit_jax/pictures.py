@@ -9,6 +9,10 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps, PngImagePlugin
 
+from npedit_jax.data import images
+
+# What people have beside the formats of records. Pillow reads others by running programs, such as EPS by Ghostscript.
+FORMATS = (*images.FORMATS, "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 64 * 2**20  # of a file: 8192 x 8192. A small file can claim to be any size.
 Size = tuple[int, int]  # (width, height), as PIL has it
 
@@ -25,12 +29,12 @@ def decode(data: bytes, name: str = "the image") -> Image.Image:
     """The picture that a file holds, upright, in RGB.
 
     Raises:
-      ValueError: no picture, a damaged one, or more than MAX_PIXELS; `name` begins the message.
+      ValueError: no picture of FORMATS, a damaged one, or more than MAX_PIXELS; `name` begins the message.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         if math.prod(image.size) > MAX_PIXELS:  # Pillow's own limit is higher
             raise Image.DecompressionBombError(f"{image.width}x{image.height}")
         with image:
@@ -38,7 +42,7 @@ def decode(data: bytes, name: str = "the image") -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has more than {MAX_PIXELS} pixels; scale it down ({error})") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} does not decode: it is of no known format") from error
+        raise ValueError(f"{name} does not decode: it is of no known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # the decoders raise whatever they stumble over: SyntaxError, struct.error, ...
         raise ValueError(f"{name} does not decode: {error}") from error
 

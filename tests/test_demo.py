@@ -30,7 +30,7 @@ def test_what_is_see_through_lies_on_white(demo_address):
 
 def test_pictures_and_words_that_cannot_be_used_are_told(demo_run, tmp_path):
     editor = demo.Editor.from_checkpoint(demo_run)
-    page = demo.Demo(editor, None)
+    page = demo.Demo(editor, demo.Judge.of_run(demo_run))
     good = tmp_path / "good.png"
     Image.new("RGB", (16, 16), "red").save(good)
     bomb = tmp_path / "bomb.png"
@@ -41,6 +41,7 @@ def test_pictures_and_words_that_cannot_be_used_are_told(demo_run, tmp_path):
         (str(good), "remove the circle", None, "Give a seed"),
         (str(good), "remove the circle", -1, "from 0 to"),
         (str(good), "make the dog purple", 0, "unknown words"),
+        (str(good), "remove the circle " * 14, 0, "the scorer's question"),
         (str(bomb), "remove the circle", 0, "pixels"),
         (str(demo_run / "config.json"), "remove the circle", 0, "no known format"),
     ]:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from npedit_jax import Editor, edit, pictures
+from npedit_jax import Editor, edit, pictures, sampling
 from npedit_jax.data import questions
 from npedit_jax.judge import Judge
 from tests.faults.command import CONTEXT
 from tests.tiny_editor import write_run
 
 SAMPLING = dict(times=(1.0, 0.5), sampler="ddim", eta=1.0)
+LONG_QUESTION = "remove the circle " * 14  # an instruction that the editor takes, and the scorer not
 TOKENIZER = "package:pretrained/easyvqa/text_encoder"
 
 
@@ -66,6 +67,10 @@ def test_task_that_a_run_tells_apart_is_told_to_it(run, tmp_path):
     shutil.copytree(run, several)
     config = json.loads((several / "config.json").read_text())
     config["data"] |= {"task_prefix": True, "tasks": {"editing": {"templates": "editing"}}}
+    # As of a run on another machine: its kernels are not of this one, and its scorer is kept in half the memory.
+    for name, kernel in {"student": "splash", "text_encoder": "cudnn", "scorer": "splash"}.items():
+        config["networks"][name]["options"] = {"implementation": kernel}
+    config["networks"]["scorer"]["options"] |= {"param_dtype": "bfloat16"}
     (several / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="was trained for .'editing'., not for customization"):
         Editor.from_checkpoint(several, task="customization")
@@ -79,6 +84,11 @@ def test_task_that_a_run_tells_apart_is_told_to_it(run, tmp_path):
     for judge, templates in [(Judge.of_run(several, task="editing"), "editing"), (Judge.of_run(run), "easyvqa")]:
         wanted = questions.edit_questions(questions.TEMPLATES[templates], "", instruction="remove it", object="")
         assert judge.questions("remove it") == wanted
+    modules = [told._modules["student"], told._modules["text_encoder"].decoder]
+    judge = Judge.of_run(several, task="editing")
+    modules += [judge._module.vision, judge._module.language]
+    assert {module.implementation for module in modules} == {"xla"}
+    assert {str(x.dtype) for x in jax.tree.leaves(judge._params)} == {"bfloat16"}
 
 
 def test_short_last_batch_is_filled_up(editor):
@@ -211,9 +221,15 @@ def test_best_of_keeps_the_seed_that_the_scorer_prefers(run, tmp_path):
 
 def _edit_on_two_devices(run, file):
     jax.config.update("jax_num_cpu_devices", 2)
-    editor = Editor.from_checkpoint(run)
-    assert editor._by_sample.num_devices == 2
+    editor, meshes, encode = Editor.from_checkpoint(run), [], sampling.encode_image
+
+    def encode_noting(*arguments):
+        meshes.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return encode(*arguments)
+
+    sampling.encode_image = encode_noting
     np.save(file, editor.edit_batch(_images(3), ["make the circle red", "remove the circle", "do nothing."], [0, 1, 7]))
+    assert meshes == [{"data": 2, "fsdp": 1, "tensor": 1}]  # known inside the program: XLA cannot split a kernel itself
 
 
 def test_batch_is_spread_over_the_devices(run, editor, tmp_path):
@@ -318,6 +334,10 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(run, folder, capsys, c
         ({"instruction": "make the dog purple"}, "unknown words: dog, purple"),
         ({"output": "folder.png"}, "is a folder"),
         ({"output": "a.png"}, "output a.png is asked for twice"),
+        ({"output": "./good.png"}, "output ./good.png is also an image to edit"),
+        ({"seed": -1}, "from 0 to 4294967295, found -1"),
+        ({"seed": 2**32 - 1}, "from 0 to 4294967295, found 4294967296"),
+        ({"instruction": LONG_QUESTION}, "the scorer's question 'was this done: remove the circle"),
     ],
     ids=str,
 )
@@ -325,7 +345,7 @@ def test_bad_line_of_a_batch_file_is_numbered(run, folder, capsys, line, told):
     good = {"image": "good.png", "instruction": "remove the circle", "output": "a.png"}
     bad = line if isinstance(line, bytes) else json.dumps(good | {"output": "b.png"} | line).encode()
     (folder / "requests.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + bad + b"\n")
-    message = _told(capsys, folder, ["--checkpoint", str(run), "--batch", "requests.jsonl"])
+    message = _told(capsys, folder, ["--checkpoint", str(run), "--batch", "requests.jsonl", "--best-of", "2"])
     assert message.startswith("edit: requests.jsonl line 2: ") and told in message
 
 

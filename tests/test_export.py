@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from npedit_jax import export, weights
-from npedit_jax.data import easyvqa
+from npedit_jax.data import questions
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import loop, networks, stages, workdirs
+from tests.data import record_sets
 from tests.tiny_editor import noise, write_run
 from tests.training.tiny import autoencoder_config
 from tests.training.tiny_networks import lora_config
@@ -43,10 +45,21 @@ def test_exported_weights_are_those_of_the_run(run, tmp_path, raw):
 def test_latents_of_an_exported_autoencoder_have_mean_0_and_deviation_1(run, tmp_path):
     export.export(run[0], tmp_path, raw=False, dtype=None)
     module, params = weights.load("autoencoder", tmp_path / "vae")
-    pixels = to_pixels(easyvqa.load("train").images[:512])
+    pixels = to_pixels(np.concatenate(list(export.training_images(autoencoder_config()))))
     latents = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))(pixels)
     assert abs(float(latents.mean())) < 2e-2
     assert abs(float(latents.std()) - 1.0) < 2e-2
+
+
+def test_training_images_are_those_of_the_runs_records(tmp_path):
+    """On a machine with other devices than the run's."""
+    record_sets.write(tmp_path / "set", record_sets.photograph_records(5))
+    config = autoencoder_config()
+    data = dict(records=str(tmp_path / "set"), buckets=record_sets.BUCKETS[:1], options=dict(fraction=1.0, flip=0.0))
+    config.data, config.mesh.fsdp = dict(config.data) | data, 16
+    images = np.concatenate(list(export.training_images(config, count=20)))
+    assert len(images) == 24 and images.shape[1:] == (*record_sets.BUCKETS[0], 3)
+    assert len(np.unique(images.reshape(24, -1), axis=0)) == 5  # over and over
 
 
 def test_existing_folders_are_left_alone(run, tmp_path):
@@ -83,6 +96,14 @@ def test_transformer_in_shards_is_read_by_its_original_class(editor_run, tmp_pat
     assert model.state_dict().keys() == expected.keys()
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), expected[name])
+
+
+def test_settings_of_an_editor_of_several_tasks_tell_their_prefixes(editor_run, tmp_path):
+    config = workdirs.read_config(editor_run)
+    for told, prefixes in ((True, questions.TASK_PREFIXES), (False, {"customization": "", "editing": ""})):
+        config.data.update(tasks=dict(customization=dict(), editing=dict()), task_prefix=told)
+        file = export._write_settings(config, epath.Path(tmp_path))
+        assert json.loads(file.read_text())["prefixes"] == prefixes
 
 
 def test_frozen_networks_of_an_editor_come_along_on_request(editor_run, tmp_path):

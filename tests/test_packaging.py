@@ -1,15 +1,35 @@
 """Wheel and source distribution: they hold what the package needs, and install in an environment that has nothing."""
 
 import pathlib
+import runpy
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from importlib import metadata
 
 import pytest
+import setuptools
+from packaging import requirements
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_extras_of_setup_py_are_those_that_packages_have(monkeypatch):
+    """pip warns of one that a package has not, and installs nothing for it."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    runpy.run_path(str(ROOT / "setup.py"))
+    extras = given["extras_require"]
+    for line in [*given["install_requires"], *(line for lines in extras.values() for line in lines)]:
+        needed = requirements.Requirement(line)
+        if needed.name == "npedit_jax":
+            assert needed.extras <= extras.keys(), line
+        elif needed.extras:
+            assert needed.extras <= set(metadata.metadata(needed.name).get_all("Provides-Extra")), line
+    # A pod's working directory lies on gs://: etils opens it with gcsfs, tensorboardX with Google's own client.
+    assert {"etils[epath-gcs]", "google-cloud-storage"} <= set(extras["gcs"]) and "npedit_jax[gcs]" in extras["tpu"]
 
 
 @pytest.mark.slow

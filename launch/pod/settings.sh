@@ -8,6 +8,7 @@
 #   VERSION   TPU software version, such as v2-alpha-tpuv5 (gcloud compute tpus versions list)
 #   PROJECT   Google Cloud project; by default that of gcloud's configuration
 #   SPOT      true: cheaper, may be taken away at any time (default); false: on demand
+#   PYTHON    for setup.sh: Python 3.11 or newer on the hosts (default python3)
 #   SLICES    slices of a multi-slice job (default 1)
 set -euo pipefail
 

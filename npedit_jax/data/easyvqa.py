@@ -196,7 +196,7 @@ def _choose(options, rng: np.random.Generator | None) -> str:
 
 
 def _decode(path: str) -> np.ndarray:
-    with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
+    with Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=("PNG",)) as image:
         return np.asarray(image.convert("RGB"))
 
 

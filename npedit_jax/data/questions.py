@@ -8,9 +8,7 @@ vocabulary.
 """
 
 import dataclasses
-import string
 from collections.abc import Mapping
-from typing import Any
 
 FIELDS = ("instruction", "object", "question")
 BOTH, EDITED = (0, 1), (1,)  # which images a question shows: the reference is 0, the edit is 1
@@ -118,34 +116,11 @@ TASK_PREFIXES: Mapping[str, str] = {
 _KINDS = {"remove": ("edit_remove", "identity_remove")}
 
 
-def templates(task: str, override: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Template]:
-    """The templates of a task, some replaced from a plain dict as a config holds it.
-
-    Args:
-      task: a key of TEMPLATES.
-      override: by kind, any of `text`, `images` and `answer`: {"edit": {"text": "Is this done: {instruction}?"}}.
-
-    Raises:
-      ValueError: unknown task, kind, field or gap, or images other than the reference (0) and the edit (1).
-    """
-    if task not in TEMPLATES:
-        raise ValueError(f"unknown question task {task!r}; choose one of {tuple(TEMPLATES)}")
-    chosen = dict(TEMPLATES[task])
-    for kind, changes in (override or {}).items():
-        if kind not in chosen:
-            raise ValueError(f"unknown question kind {kind!r}; {task!r} has {tuple(chosen)}")
-        unknown = set(changes) - {field.name for field in dataclasses.fields(Template)}
-        if unknown:
-            raise ValueError(f"question {kind!r} has no field {sorted(unknown)}; it has text, images and answer")
-        template = dataclasses.replace(chosen[kind], **changes)
-        template = dataclasses.replace(template, images=tuple(template.images))
-        if template.images not in (BOTH, EDITED):
-            raise ValueError(f"question {kind!r} must show images {BOTH} or {EDITED}; found {template.images}")
-        gaps = {name for _, name, _, _ in string.Formatter().parse(template.text) if name is not None}
-        if gaps - set(FIELDS):
-            raise ValueError(f"question {kind!r} has the gaps {sorted(gaps)}; known are {FIELDS}")
-        chosen[kind] = template
-    return chosen
+def templates(name: str) -> Templates:
+    """The table of that name, as a config gives it; raises ValueError where there is none."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown question templates {name!r}; choose one of {tuple(TEMPLATES)}")
+    return TEMPLATES[name]
 
 
 def ask(table: Templates, kind: str, *, answer: float | None = None, **fields: str) -> Question:

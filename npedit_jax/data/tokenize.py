@@ -221,10 +221,15 @@ def read_tokenizer(directory: epath.PathLike) -> tokenizers.Tokenizer:
 
     Raises:
       FileNotFoundError: the directory holds neither.
+      ValueError: tokenizer.json is damaged.
     """
     directory = epath.Path(directory)
     if (directory / "tokenizer.json").exists():
-        tokenizer = tokenizers.Tokenizer.from_str((directory / "tokenizer.json").read_text())
+        data = (directory / "tokenizer.json").read_bytes()
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except ValueError as error:
+            raise ValueError(f"{directory / 'tokenizer.json'} holds no tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer

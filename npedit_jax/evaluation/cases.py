@@ -5,6 +5,8 @@ Pictures are read when they are needed, so that a benchmark of any size takes th
 
 import dataclasses
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -169,6 +171,14 @@ def dreambooth(directory: epath.PathLike) -> list[Case]:
             read = functools.partial(pictures.read, images[0])
             cases.append(Case(f"{subject}/{number:02d}", subject, words, read, object=kind))
     return cases
+
+
+def digest(case: Case, image: Image.Image) -> str:
+    """What tells a case's edit and figures from those of others with the same key, given its picture."""
+    found = hashlib.sha256(json.dumps([case.instruction, case.edit_type, case.object]).encode())
+    for each in (image, *([case.mask()] if case.mask else [])):
+        found.update(str(each.size).encode() + each.tobytes())
+    return found.hexdigest()
 
 
 def _component(name: str) -> str:

@@ -3,7 +3,8 @@
     DIR/settings.json     what the edits depend on; an evaluation with others is refused
     DIR/<key>.png         the edits
     DIR/references/<key>.jpg   what they were made from, at the same size
-    DIR/edits.jsonl       a line for each edit, as it is made: key, part, task, instruction, seed, figures
+    DIR/edits.jsonl       a line for each edit, as it is made: key, part, task, instruction, seed, figures, and as
+                          "case" a digest of what it was made from
     DIR/answers.jsonl     VIEScore's answers, as they came
     DIR/summary.json      means of the figures, by part and task
 
@@ -13,7 +14,7 @@ An evaluation that was interrupted goes on where it stopped.
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -22,9 +23,9 @@ from PIL import Image
 from npedit_jax import pictures
 from npedit_jax.editor import Editor
 from npedit_jax.evaluation import viescore
-from npedit_jax.evaluation.cases import Case, iterate
+from npedit_jax.evaluation.cases import Case, digest, iterate
 from npedit_jax.evaluation.preservation import preservation
-from npedit_jax.judge import Judge, successes
+from npedit_jax.judge import Judge, Pair, successes
 from npedit_jax.training.workdirs import write_whole
 
 FIGURES = ("done", "kept", "ssim", "psnr", "consistency", "quality", "overall")
@@ -35,6 +36,9 @@ Summary = dict[str, dict[str, dict[str, float]]]  # part -> task -> figure
 
 class Results:
     """Opens or creates a directory of results.
+
+    Args:
+      settings: what the edits depend on, to add some; None opens the directory to read, and writes nothing.
 
     Raises:
       ValueError: it holds results of other settings, or files that are none.
@@ -61,7 +65,8 @@ class Results:
             write_whole(file, json.dumps(self.settings, indent=2) + "\n")
         rows = self._read_rows()
         self._rows = {row["key"]: row for row in rows if self.picture(row["key"]).exists()}
-        write_whole(self.directory / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        if settings is not None:  # more lines are to come, and a crash may have cut the last one short
+            write_whole(self.directory / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows.values()))
 
     @property
     def name(self) -> str:
@@ -78,6 +83,14 @@ class Results:
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
+
+    def check(self, key: str, digest: str) -> None:
+        """Raises ValueError where an edit that is there was made from something else than what has this digest."""
+        if self._rows[key].get("case") != digest:
+            raise ValueError(
+                f"{self.directory} holds an edit {key} of another picture, instruction, object or mask; take another "
+                "--name or --output"
+            )
 
     def add(self, row: Row, edited: Image.Image, reference: Image.Image) -> None:
         """Writes one edit; its line comes last, so that what has one is whole."""
@@ -139,19 +152,24 @@ def make(
       advance: called with the number of edits after each batch.
 
     Raises:
-      ValueError: a case whose picture does not read or whose instruction the editor does not take; it is named.
+      ValueError: a case whose picture does not read or whose instruction the editor or the judge does not take; it is
+        named.
     """
+    for case, image in iterate([case for case in cases if case.key in results]):
+        results.check(case.key, digest(case, image))
     todo = [case for case in cases if case.key not in results]
     for case in todo:
         try:
             editor.check(case.instruction)
+            if judge is not None:
+                judge.check([_asked(judge, case)])
         except ValueError as error:
             raise ValueError(f"case {case.key}: {error}") from error
-    waiting: dict[tuple[int, ...], list[tuple[Case, pictures.Size, np.ndarray]]] = {}
+    waiting: dict[tuple[int, ...], list[_Ready]] = {}
     for case, image in iterate(todo):
         pixels = editor.fit(image)
         group = waiting.setdefault(pixels.shape, [])
-        group.append((case, image.size, pixels))
+        group.append(_Ready(case, digest(case, image), image.size, pixels))
         if len(group) == batch:
             _make_batch(results, editor, judge, waiting.pop(pixels.shape), seed, batch, original_size)
             advance(batch)
@@ -160,31 +178,42 @@ def make(
         advance(len(group))
 
 
+class _Ready(NamedTuple):
+    """A case whose picture has been read: its digest, its size (width, height), and its pixels for the networks."""
+
+    case: Case
+    digest: str
+    size: pictures.Size
+    pixels: np.ndarray
+
+
 def _make_batch(
     results: Results,
     editor: Editor,
     judge: Judge | None,
-    group: Sequence[tuple[Case, pictures.Size, np.ndarray]],
+    group: Sequence[_Ready],
     seed: int,
     batch: int,
     original_size: bool,
 ) -> None:
-    cases, sizes, pixels = zip(*group, strict=True)
-    references = np.stack(pixels)
+    cases, references = [ready.case for ready in group], np.stack([ready.pixels for ready in group])
     seeds = [zlib.crc32(f"{seed}/{case.key}".encode()) for case in cases]
     edited = editor.edit_batch(references, [case.instruction for case in cases], seeds, batch_size=batch)
     scores = [{}] * len(cases)
     if judge is not None:
-        asked = [
-            judge.questions(case.instruction, case.edit_type if case.object else "", case.object) for case in cases
-        ]
+        asked = [_asked(judge, case) for case in cases]
         found = successes(judge(references, edited, asked, batch=batch), asked).tolist()
         scores = [{"done": done, "kept": kept} for done, kept in found]
-    for number, case in enumerate(cases):
+    for number, (case, origin, size, _) in enumerate(group):
         reference, edit = Image.fromarray(references[number]), Image.fromarray(edited[number])
-        row = {name: getattr(case, name) for name in ("key", "part", "task", "instruction")} | {"seed": seeds[number]}
+        row = {name: getattr(case, name) for name in ("key", "part", "task", "instruction")}
+        row |= {"seed": seeds[number], "case": origin}
         row |= scores[number] | preservation(reference, edit, case.mask() if case.mask else None)
-        results.add(row, pictures.resize(edit, sizes[number]) if original_size else edit, reference)
+        results.add(row, pictures.resize(edit, size) if original_size else edit, reference)
+
+
+def _asked(judge: Judge, case: Case) -> Pair:
+    return judge.questions(case.instruction, case.edit_type if case.object else "", case.object)
 
 
 def grade(results: Results, grader: viescore.Grader, keys: Sequence[str], advance: Callable[[int], Any]) -> None:

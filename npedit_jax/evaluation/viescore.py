@@ -20,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax.data import completions
+from npedit_jax.training.workdirs import write_whole
 
 KINDS = ("consistency", "quality")
 LARGEST = 1024  # pixels of a picture's longer side as sent
@@ -100,6 +101,8 @@ class Grader:
                 f"{answers} has answers of {', '.join(others)}: grades of several models do not go together; give "
                 "that model, or move the file away"
             )
+        if self._answers:  # more lines are to come, and a crash may have cut the last one short
+            write_whole(self._file, "".join(json.dumps(row) + "\n" for row in self._answers.values()))
 
     def ask(self, questions: Iterable[Question], advance: Callable[[int], Any] = lambda count: None) -> None:
         """Asks what was not answered yet.
@@ -154,20 +157,14 @@ class Grader:
 
 
 def read_answers(file: epath.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The answers of a JSONL file that are whole; a line cut short by a crash is left out, and mended in the file."""
-    if not file.exists():
-        return {}
-    found, whole = {}, []
-    lines = file.read_text().splitlines()
-    for line in lines:
+    """The answers of a JSONL file that are whole; a line cut short by a crash is left out."""
+    found = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
             found[row["key"], row["kind"]] = row
-            whole.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    if len(whole) < len(lines) or not file.read_text().endswith("\n"):
-        file.write_text("".join(line + "\n" for line in whole))
     return found
 
 

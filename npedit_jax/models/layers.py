@@ -1,6 +1,8 @@
 """Pieces that every network shares: RMS norm, attention by name, rematerialised and stacked blocks."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -38,6 +40,7 @@ REMAT_POLICIES = {
 # sample, and the plain form takes some queries at a time.
 FLASH_LENGTH, LONG = 1024, 4096
 IMPLEMENTATIONS = ("xla", "splash", "cudnn", "chunked")
+KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # those that one platform alone has
 
 
 class RMSNorm(nn.Module):
@@ -97,6 +100,24 @@ def attention(
         kernel = "cudnn" if implementation == "cudnn" and taken else "xla"
         x_BSKA = jax.nn.dot_product_attention(q_BSKA, k_BTGA, v_BTGA, mask=mask, implementation=kernel)
     return ad_checkpoint.checkpoint_name(x_BSKA, flash_attention.NAME)
+
+
+def runnable(module: nn.Module, platform: str) -> nn.Module:
+    """The module with attention that the platform ("tpu", "gpu", "cpu") has: the plain form for others' kernels."""
+
+    def change(name: str, value: Any) -> Any:
+        return "xla" if name == "implementation" and KERNELS.get(value, platform) != platform else value
+
+    return changed(module, change)
+
+
+def changed(module: nn.Module, change: Callable[[str, Any], Any]) -> nn.Module:
+    """The module with `change(name, value)` for the fields of its own and of its parts."""
+    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
+    own = {name: value for name, value in fields.items() if name not in ("parent", "name")}
+    return module.clone(
+        **{name: changed(x, change) if isinstance(x, nn.Module) else change(name, x) for name, x in own.items()}
+    )
 
 
 def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:

@@ -28,6 +28,7 @@ PAD, CHAT_START = "<|endoftext|>", "<|im_start|>"
 # Around the instruction. Chat: Qwen3's template with the generation prompt and no thinking. Plain: an end token.
 CHAT_PROMPT = (f"{CHAT_START}user\n", f"<|im_end|>\n{CHAT_START}assistant\n<think>\n\n</think>\n\n")
 PLAIN_PROMPT = ("", PAD)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow reads others by running programs
 SINUSOID_PERIOD = 10000.0
 SMALLEST_DIVISOR = 0.05  # below this time a predicted sample is read as a damped velocity
 
@@ -47,12 +48,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the editor samples: editor.json of the export. The defaults are the release's."""
+    """How the editor samples: editor.json of the export. The defaults are the release's.
+
+    `prefixes` are what instructions begin with, by task, of an editor that has learned several.
+    """
 
     times: Sequence[float] = (1.0, 0.9474, 0.8571, 0.6667)
     sampler: str = "ddim"
     eta: float = 1.0
     text_length: int = 512
+    prefixes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def predict_velocity(
@@ -134,19 +139,32 @@ class Editor:
         text_encoder: transformers.Qwen3Model,
         tokenizer: tokenizers.Tokenizer,
         settings: Settings,
+        prefix: str = "",
     ):
+        self.prefix = prefix
         self.transformer, self.options, self.settings = transformer, options, settings
         self.autoencoder, self.text_encoder, self.tokenizer = autoencoder, text_encoder, tokenizer
 
     @classmethod
-    def load(cls, directories: Sequence[str], device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Editor":
+    def load(
+        cls,
+        directories: Sequence[str],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        task: str = "editing",
+    ) -> "Editor":
         """Loads the networks; each comes from the first of the directories that has its folder.
+
+        Args:
+          task: "editing" or "customization", of an editor that has learned both.
 
         Raises:
           FileNotFoundError: a network or the tokenizer is in none of them.
-          ValueError: weights, options or settings that do not fit.
+          ValueError: weights, options or settings that do not fit, or a task that the editor has not learned.
         """
         options, settings = _read_options(directories), _read_settings(directories)
+        if settings.prefixes and task not in settings.prefixes:
+            raise ValueError(f"the editor was trained for {list(settings.prefixes)}, not for {task}; change --task")
         folder = _find(directories, "transformer/config.json").parent
         transformer, info = diffusers.ZImageTransformer2DModel.from_pretrained(folder, output_loading_info=True)
         _check_loaded(folder, info["missing_keys"], info["unexpected_keys"])
@@ -166,6 +184,7 @@ class Editor:
             text_encoder.to(device, dtype).eval(),
             tokenizer,
             settings,
+            settings.prefixes.get(task, ""),
         )
 
     @torch.no_grad()
@@ -181,7 +200,7 @@ class Editor:
         Raises:
           ValueError: the picture's size, the instruction or the noise's shape do not fit.
         """
-        pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(_upright(image))).permute(2, 0, 1)
         self._check_size(pixels.shape[2], pixels.shape[1])
         text = self._encode_text(instruction)
         config, device = self.autoencoder.config, self.autoencoder.device
@@ -206,7 +225,7 @@ class Editor:
         """Second-to-last hidden states of the prompt, [L, D]."""
         chat = self.tokenizer.token_to_id(CHAT_START) is not None
         before, after = CHAT_PROMPT if chat else PLAIN_PROMPT
-        encoding = self.tokenizer.encode(before + instruction + after, add_special_tokens=False)
+        encoding = self.tokenizer.encode(before + self.prefix + instruction + after, add_special_tokens=False)
         if "<unk>" in encoding.tokens:
             raise ValueError(f"the instruction {instruction!r} has words that this editor does not know")
         if len(encoding.ids) > self.settings.text_length:
@@ -226,6 +245,20 @@ class Editor:
                 f"the image is {width}x{height} pixels (width x height); this editor takes sides that are multiples of "
                 f"{multiple}, at most {columns}x{rows}; resize or crop it"
             )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """In RGB, turned as its EXIF orientation says; 16 bits become 8, and what is see-through lies on white.
+
+    As `npedit_jax.pictures.upright` does.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _patchify(frames: torch.Tensor, size: int) -> torch.Tensor:
@@ -325,6 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image", required=True, help="picture to edit")
     parser.add_argument("--instruction", required=True, help="what to do, such as 'make the circle red'")
     parser.add_argument("--output", required=True, help="picture to write")
+    parser.add_argument("--task", default="editing", help="of an editor that has learned several; or customization")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; other seeds give other pictures")
     parser.add_argument(
         "--noise", metavar="FILE.npy", help="float32 [steps, height, width, channels] instead of a seed"
@@ -338,11 +372,11 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with Image.open(arguments.image) as file:
+        with Image.open(arguments.image, formats=FORMATS) as file:
             image = file.copy()
         noise = _read_noise(arguments.noise) if arguments.noise else None
         directories = [arguments.editor, *([arguments.base] if arguments.base else [])]
-        editor = Editor.load(directories, arguments.device, getattr(torch, dtype))
+        editor = Editor.load(directories, arguments.device, getattr(torch, dtype), arguments.task)
         editor(image, arguments.instruction, arguments.seed, noise).save(arguments.output)
     except (ValueError, OSError) as error:
         sys.exit(f"edit: {' '.join(str(error).split())}")

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from npedit_jax import parallel, weights
-from npedit_jax.models import lora
+from npedit_jax.models import layers, lora
 from npedit_jax.weights import adapters, kinds, published
 from npedit_jax.weights.loading import read_config
 
@@ -79,7 +79,7 @@ def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create(
-    spec: Mapping[str, Any], rng: jax.Array | None, dtype: str | None = "float32", mesh: Mesh | None = None
+    spec: Mapping[str, Any], rng: jax.Array | None, mesh: Mesh | None = None, *, as_stored: bool = False
 ) -> Network:
     """Makes one network of a config.
 
@@ -89,8 +89,9 @@ def create(
         directory; `options`, fields of the module that are not part of the weights (remat policy, attention
         implementation).
       rng: for fresh weights.
-      dtype: of loaded weights, None for as they are stored.
       mesh: over whose devices the parameters are spread, as `parallel.TABLE` says; None is the default device.
+      as_stored: leave loaded weights in the types of their files, instead of the one of the module's parameters, which
+        is bfloat16 for networks that are frozen on an accelerator.
 
     Raises:
       ValueError: both or neither of directory and architecture are given.
@@ -103,12 +104,18 @@ def create(
     if directory:
         # The module's own `dtype` is that of its computations, `load`'s that of the weights.
         compute = options.pop("dtype", None)
+        dtype = None if as_stored else spec["options"].get("param_dtype", "float32")
         shardings = _shardings(spec["kind"], module_of(spec), mesh)
         return Network(
             *weights.load(spec["kind"], resolve(directory), dtype, shardings, compute_dtype=compute, **options)
         )
     module = module_of(spec)
     return Network(module, initialise(spec["kind"], module, rng, mesh))
+
+
+def on_this_machine(network: Network) -> Network:
+    """The network to be used outside a run: with attention for this machine's devices, whatever the run had."""
+    return Network(layers.runnable(network.module, jax.default_backend()), network.params)
 
 
 def adapt(

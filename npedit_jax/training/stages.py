@@ -283,9 +283,7 @@ def _makers(config: Config, mesh: Mesh | None) -> dict[str, Callable[[], Network
             options |= {"base": specs[config.lora.base[name]], "start": config.lora.start[name]}
             found[name] = functools.partial(networks.adapt, spec, rng=key, mesh=mesh, **options)
         else:
-            # Weights are stored as the module's parameters are typed: frozen ones in bfloat16 on an accelerator.
-            dtype = spec.options.get("param_dtype", "float32")
-            found[name] = functools.partial(networks.create, spec, key, dtype=dtype, mesh=mesh)
+            found[name] = functools.partial(networks.create, spec, key, mesh=mesh)
     return found
 
 
@@ -377,7 +375,7 @@ def _easyvqa_pairs(config: Config, modules: Modules) -> grain.MapDataset:
 
 
 def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
-    templates, data = questions.TEMPLATES[config.data.templates], easyvqa.load("train")
+    templates, data = questions.templates(config.data.templates), easyvqa.load("train")
     pairs = scorer_pairs.PairSource(data, templates, config.data.options.questions)
     tokenizer = _questions(config, modules["scorer"].image_tokens)
     options = dict(tokenizer=tokenizer, templates=templates, pairs=pairs, **config.data.options.to_dict())
@@ -387,7 +385,7 @@ def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
 def _edits(config: Config, modules: Modules) -> grain.MapDataset:
     source, options = _source(config)
     weights = options.pop("edit_weights")
-    tasks = {"": pipeline.Task(source, weights, questions.TEMPLATES[config.data.templates])}
+    tasks = {"": pipeline.Task(source, weights, questions.templates(config.data.templates))}
     if "tasks" in config.data:
         tasks = {name: _task(config, name, weights) for name in config.data.tasks}
     scorer = _questions(config, modules["scorer"].image_tokens)
@@ -401,7 +399,7 @@ def _task(config: Config, name: str, weights: Mapping[str, float]) -> pipeline.T
     return pipeline.Task(
         source,
         weights if name == "editing" else {name: 1.0},
-        questions.TEMPLATES[spec.templates],
+        questions.templates(spec.templates),
         questions.TASK_PREFIXES[name] if config.data.task_prefix else "",
         spec.weight,
     )

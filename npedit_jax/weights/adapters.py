@@ -13,12 +13,11 @@ import flax.linen as nn
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from npedit_jax.models import lora
 from npedit_jax.weights import kinds, saving
-from npedit_jax.weights.safetensors_io import Planned, write_file
+from npedit_jax.weights.safetensors_io import Entry, Planned, Reader, read_header, write_file
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, of every layer of the model that it wraps
@@ -97,30 +96,45 @@ def load(
 
     Raises:
       FileNotFoundError: no such files.
-      ValueError: tensors that do not match one to one, all of which the message lists, or another kind of adapter.
+      ValueError: tensors that do not match one to one, all of which the message lists, another kind of adapter, or
+        damaged files.
     """
     directory = epath.Path(directory)
     for name in (CONFIG, FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} holds no adapters: it has no {name}")
-    config = json.loads((directory / CONFIG).read_text())
-    if config.get("peft_type") != "LORA" or any(config.get(name) for name in PLAIN):
-        found = {name: config[name] for name in ("peft_type", *PLAIN) if config.get(name)}
-        raise ValueError(f"{directory / CONFIG} is of other adapters than plain LoRA: {found}; train it without these")
-    tensors = safetensors.numpy.load((directory / FILE).read_bytes())
-    _check(directory / FILE, tensors, to_peft(kind, module, like))
+    stored_scale = _scale(directory / CONFIG)
+    entries = read_header(directory / FILE)
+    _check(directory / FILE, entries, to_peft(kind, module, like))
     names = _layer_names(kind, module)
     flat = {}
-    for path, leaf in flax.traverse_util.flatten_dict(like, sep="/").items():
-        layer, _, part = path.rpartition("/")
-        found = [np.float32(tensors[f"{PREFIX}{name}.{PAIR[part]}.weight"]).T for name in names[layer]]
-        value = np.stack(found) if leaf.ndim == 3 else found[0]
-        rescale = config["lora_alpha"] / config["r"] * leaf.shape[-2] / alpha if part == "b" else 1.0
-        flat[path] = jnp.asarray(value * rescale, jnp.float32)
+    with Reader() as reader:
+        for path, leaf in flax.traverse_util.flatten_dict(like, sep="/").items():
+            layer, _, part = path.rpartition("/")
+            stored = [reader.read(entries[f"{PREFIX}{name}.{PAIR[part]}.weight"]) for name in names[layer]]
+            found = [value.astype(np.float32).T for value in stored]
+            value = np.stack(found) if leaf.ndim == 3 else found[0]
+            rescale = stored_scale * leaf.shape[-2] / alpha if part == "b" else 1.0
+            flat[path] = jnp.asarray(value * rescale, jnp.float32)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check(file: epath.Path, tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) -> None:
+def _scale(file: epath.Path) -> float:
+    """What PEFT multiplies the product of a pair with, alpha / rank, having checked that it does no more."""
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} holds no settings of adapters: {error}") from error
+    if config.get("peft_type") != "LORA" or any(config.get(name) for name in PLAIN):
+        found = {name: config[name] for name in ("peft_type", *PLAIN) if config.get(name)}
+        raise ValueError(f"{file} is of other adapters than plain LoRA: {found}; train it without these")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0):
+        raise ValueError(f"{file}: expected numbers r and lora_alpha, found r={rank!r} and lora_alpha={alpha!r}")
+    return alpha / rank
+
+
+def _check(file: epath.Path, tensors: Mapping[str, Entry], like: Mapping[str, np.ndarray]) -> None:
     problems = [f"{name} is missing" for name in sorted(like.keys() - tensors.keys())]
     problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - like.keys())]
     problems += [

@@ -57,8 +57,9 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
     Raises:
       ValueError: the file is no whole safetensors file; says which file and what is wrong with it.
     """
-    size = file.stat().length
     with file.open("rb") as stream:
+        size = stream.seek(0, 2)  # `file.stat()` looks up the owner's name, which containers may not have
+        stream.seek(0)
         prefix = stream.read(8)
         if len(prefix) < 8:
             raise ValueError(f"{file}: not a safetensors file: {size} bytes, too short for a header length")
@@ -144,6 +145,8 @@ def _find_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str]
     if indices:
         try:
             weight_map = dict(json.loads(indices[0].read_text())["weight_map"])
+            if odd := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+                raise ValueError(f"tensors {odd} are in no file")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{indices[0]}: not a safetensors index: {type(error).__name__}: {error}") from error
         files = [directory / name for name in sorted(set(weight_map.values()))]

@@ -56,28 +56,9 @@ def test_easyvqa_wordings_are_lower_case():
         assert template.text == template.text.lower()
 
 
-def test_override_from_a_plain_dict():
-    override = {"edit": {"text": "Is this done: {instruction}?"}, "edit_remove": {"images": [0, 1], "answer": True}}
-    table = questions.templates("editing", override)
-    assert questions.ask(table, "edit", instruction="x").text == "Is this done: x?"
-    assert table["edit"].answer is True and table["identity"] == questions.EDITING["identity"]
-    assert (table["edit_remove"].images, table["edit_remove"].answer) == ((0, 1), True)
-    assert questions.EDITING["edit"].text != "Is this done: {instruction}?"
-
-
-@pytest.mark.parametrize(
-    "task, override, message",
-    [
-        ("painting", {}, "unknown question task"),
-        ("editing", {"edits": {"text": "x"}}, "unknown question kind"),
-        ("editing", {"edit": {"wording": "x"}}, "no field"),
-        ("editing", {"edit": {"text": "{subject}?"}}, "gaps"),
-        ("editing", {"edit": {"images": (1, 0)}}, "must show images"),
-    ],
-)
-def test_wrong_overrides(task, override, message):
-    with pytest.raises(ValueError, match=message):
-        questions.templates(task, override)
+def test_unknown_templates_are_named():
+    with pytest.raises(ValueError, match="unknown question templates 'painting'; choose one of .*easyvqa"):
+        questions.templates("painting")
 
 
 def test_ask():

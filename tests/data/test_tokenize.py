@@ -162,6 +162,12 @@ def test_an_answer_of_two_tokens_is_an_error(tmp_path):
         tokenize.ScorerTokenizer(tmp_path, 4, 64)
 
 
+def test_damaged_tokenizer_is_told(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ValueError, match="tokenizer.json holds no tokenizer: "):
+        tokenize.read_tokenizer(tmp_path)
+
+
 def test_word_tokenizer_is_the_same_whatever_the_order(tmp_path):
     for name, texts in (("a", ["the red circle", "a dog."]), ("b", ["a dog.", "circle the RED"])):
         tokenize.build_word_tokenizer(texts, tokenize.TEXT_SPECIALS, tmp_path / name)

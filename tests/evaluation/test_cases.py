@@ -1,5 +1,6 @@
 """The benchmarks' own files, in the forms in which they are published, and what is wrong with others."""
 
+import dataclasses
 import io
 import json
 
@@ -57,6 +58,18 @@ def test_gedit_in_both_languages_with_the_layout_of_its_scorer(tmp_path):
         expected = picture((20 + number // 2, 10), number // 2)
         np.testing.assert_array_equal(np.asarray(found[number].read()), np.asarray(expected))
     assert {case.part for case in cases.gedit(tmp_path, ["en"])} == {"en"}
+
+
+def test_digest_tells_cases_of_one_key_apart():
+    case = cases.Case("a", "task", "make it red", picture, edit_type="remove", object="cat", mask=picture)
+    others = [dict(instruction="make it blue"), dict(object="dog"), dict(edit_type=""), dict(mask=None)]
+    others += [dict(mask=lambda: picture(seed=1))]
+    found = [cases.digest(case, picture())]
+    assert found == [cases.digest(dataclasses.replace(case, key="b"), picture())]
+    found += [cases.digest(dataclasses.replace(case, **change), picture()) for change in others]
+    turned = Image.frombytes("RGB", (10, 20), picture().tobytes())
+    found += [cases.digest(case, image) for image in (picture(seed=2), turned)]
+    assert len(set(found)) == len(found) == 8
 
 
 def test_gedit_files_that_do_not_fit_are_told(tmp_path):

@@ -79,11 +79,22 @@ def test_folder_of_photographs(run, photographs, tmp_path, capsys):
     assert again["remove/coffee"]["psnr"] == pytest.approx(rows["remove/coffee"]["psnr"], rel=1e-2)
     with pytest.raises(SystemExit, match="results of other settings: seed is 0 there"):
         _evaluate(run, tmp_path / "out", *words, "--name", "first", "--seed", 1)
+    photographs.rename(tmp_path / "others")
+    Image.fromarray(data.rocket()).save(tmp_path / "others" / "astronaut.jpg")
+    with pytest.raises(SystemExit, match="other settings: data is '.*photographs' there"):
+        _evaluate(run, tmp_path / "out", "--benchmark", "folder", "--data", tmp_path / "others", "--name", "first")
+    (tmp_path / "others").rename(photographs)
+    with pytest.raises(SystemExit, match="holds an edit recolor/astronaut of another picture"):
+        _evaluate(run, tmp_path / "out", *words, "--name", "first")
 
     # Another editor, and both on one page.
     _evaluate(run, tmp_path / "out", *words, "--name", "second, 50 % #2", "--raw")
     both = [str(tmp_path / "out" / name) for name in ("first", "second, 50 % #2")]
+    for name in ("edits.jsonl", "answers.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"key": "recolor/astro')  # being written now: it is not for a reader to mend it
     evaluate.main(["--compare", *both, "--output", str(tmp_path / "out" / "pages" / "both.html")])
+    assert all((folder / name).read_text().endswith("astro") for name in ("edits.jsonl", "answers.jsonl"))
     page = (tmp_path / "out" / "pages" / "both.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
     assert len(links) == 9
@@ -145,6 +156,15 @@ def test_bad_input_is_told_in_one_line(run, tmp_path, monkeypatch, words, told):
     with pytest.raises(SystemExit, match=f"^evaluate: [^\n]*{told}"):
         _evaluate(run, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_question_that_the_scorer_cannot_take_is_told_before_the_first_edit(run, photographs, tmp_path):
+    lines = (photographs / "instructions.jsonl").read_text()
+    more = {"image": "coffee.jpg", "key": "long", "instruction": "remove the circle " * 14}
+    (photographs / "instructions.jsonl").write_text(f"{lines}\n{json.dumps(more)}")
+    with pytest.raises(SystemExit, match="case all/long: the scorer's question .* is longer than 48 tokens"):
+        _evaluate(run, tmp_path / "out", "--benchmark", "folder", "--data", photographs, "--batch", 1)
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_nothing_to_edit_is_told(tmp_path, run):

@@ -1,6 +1,7 @@
 """Loading runs no code: nothing in the package calls what could, and files made to run some are refused."""
 
 import ast
+import io
 import json
 import pathlib
 import pickle
@@ -8,6 +9,7 @@ import zipfile
 
 import pytest
 from etils import epath
+from PIL import EpsImagePlugin, Image
 
 import npedit_jax
 from npedit_jax import Editor, pictures, weights
@@ -38,6 +40,8 @@ def _faults(tree: ast.AST) -> list[str]:
                 found.append(f"line {node.lineno} trusts a file")
             if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
                 name = (node.func.value.id, node.func.attr)
+                if name == ("Image", "open") and "formats" not in options:
+                    found.append(f"line {node.lineno} opens pictures that Pillow reads by running programs")
                 safe = name[0] != "torch" or getattr(options.get("weights_only"), "value", False)
                 if name in LOADERS and not safe:
                     found.append(f"line {node.lineno} calls {'.'.join(name)}")
@@ -54,7 +58,7 @@ def test_nothing_in_the_package_can_run_what_it_loads():
 @pytest.mark.parametrize(
     "source",
     ["import pickle", "from yaml import load", "eval(x)", "f(trust_remote_code=True)", "np.load(f, allow_pickle=True)",
-     "torch.load(f)"],
+     "torch.load(f)", "Image.open(f)"],
 )  # fmt: skip
 def test_the_search_finds_each_of_them(source):
     assert _faults(ast.parse(source))
@@ -105,6 +109,17 @@ def test_run_whose_config_is_no_json_is_refused(payload, tmp_path):
 def test_pickle_as_a_picture_is_refused(payload):
     with pytest.raises(ValueError, match="no known format"):
         pictures.decode(payload)
+
+
+def test_picture_that_is_a_program_is_refused(monkeypatch):
+    """PostScript, which Pillow has Ghostscript run."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: started.append(arguments))
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, format="EPS")
+    with pytest.raises(ValueError, match="no known format"):
+        pictures.decode(file.getvalue())
+    assert not started
 
 
 def test_pickled_index_of_records_is_refused(payload, tmp_path):

@@ -45,12 +45,15 @@ def test_no_file_of_the_machine_is_served(demo_address, demo_run):
 
 def test_upload_that_is_too_large_is_refused(demo_address):
     assert upload(demo_address, bytes(1000))
-    with pytest.raises(urllib.error.HTTPError, match="413"):
-        upload(demo_address, bytes(20_500_000))
-    with pytest.raises(urllib.error.URLError) as refused:  # a picture within the words that are sent
-        post(demo_address, "/gradio_api/queue/join", b'{"data": ["data:image/png;base64,' + b"A" * 25_000_000 + b'"]}')
-    # The answer, or the connection's end before all is sent.
-    assert getattr(refused.value, "code", 413) == 413 and _status(demo_address, "/") == 200
+    words = b'{"data": ["data:image/png;base64,' + b"A" * 25_000_000 + b'"]}'
+    for send in (
+        lambda: upload(demo_address, bytes(20_500_000)),
+        lambda: post(demo_address, "/gradio_api/queue/join", words),  # a picture within the words that are sent
+    ):
+        with pytest.raises((urllib.error.URLError, ConnectionError)) as refused:
+            send()
+        # The answer, or the connection's end before all is sent.
+        assert getattr(refused.value, "code", 413) == 413 and _status(demo_address, "/") == 200
 
 
 def test_picture_with_too_many_pixels_is_told(demo_address):

@@ -96,19 +96,38 @@ def test_create_that_fails_says_so(gcloud):
 def test_setup_copies_and_installs_on_all_hosts_of_all_slices(gcloud):
     done, calls = gcloud("setup.sh", SLICES="2")
     assert done.returncode == 0, done.stderr
-    assert [(call[3], call[4] if call[3] == "ssh" else call[5].partition(":")[0]) for call in calls[:2]] == [
+    assert sorted(call[4] for call in calls[:2]) == ["job-0", "job-1"]  # whether their Python will do
+    assert [(call[3], call[4] if call[3] == "ssh" else call[5].partition(":")[0]) for call in calls[2:4]] == [
         ("scp", "job-0"),
         ("scp", "job-1"),
     ]
-    assert sorted(call[4] for call in calls[2:]) == ["job-0", "job-1"]
+    assert sorted(call[4] for call in calls[4:]) == ["job-0", "job-1"]
     assert all("--worker=all" in call for call in calls)
-    assert ".[tpu]" in next(word for word in calls[2] if word.startswith("--command="))
+    assert ".[tpu]" in remote(calls[4])
+
+
+def remote(call: list[str]) -> str:
+    (word,) = (word for word in call if word.startswith("--command="))
+    return word.removeprefix("--command=")
+
+
+def test_setup_tells_what_to_do_about_an_old_python(gcloud, tmp_path):
+    """As the hosts' shell runs it; a host that refuses ends the script before anything is copied."""
+    for status in (0, 1):  # of the question whether the version will do
+        old = tmp_path / f"python {status}"
+        old.write_text(f"#!/bin/sh\nexit {status}\n")
+        old.chmod(0o755)
+        _, (check, *_) = gcloud("setup.sh", PYTHON=str(old))
+        told = subprocess.run(["sh", "-c", remote(check)], capture_output=True, text=True)
+        assert told.returncode == status
+        assert ("install python3.11-venv, and start again with PYTHON=" in told.stderr) == bool(status)
+    done, calls = gcloud("setup.sh", answers={"ssh": ["1 "]})
+    assert done.returncode == 1 and len(calls) == 1
 
 
 def command_of(call: list[str]) -> str:
     """What runs on a host: `bash -c` of it."""
-    (word,) = (word for word in call if word.startswith("--command="))
-    shell, flag, command = shlex.split(word.removeprefix("--command="))
+    shell, flag, command = shlex.split(remote(call))
     assert (shell, flag) == ("bash", "-c")
     return command
 

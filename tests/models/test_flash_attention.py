@@ -7,6 +7,7 @@ import pytest
 
 from npedit_jax import parallel
 from npedit_jax.models import flash_attention, layers
+from npedit_jax.models.denoiser import Denoiser
 
 
 def inputs(length: int, heads: int = 2, kv_heads: int = 2, batch: int = 2):
@@ -69,6 +70,15 @@ def test_long_plain_attention_goes_in_chunks(monkeypatch):
     found = layers.attention(q, k, v, mask_of(64, (64, 9)))
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
     assert "while" in jax.jit(layers.attention).lower(q, k, v).as_text()
+
+
+def test_kernels_of_another_platform_become_the_plain_form():
+    for platform, kept in {"tpu": {"splash"}, "gpu": {"cudnn"}, "cpu": set()}.items():
+        found = {name: layers.runnable(Denoiser(implementation=name), platform) for name in layers.IMPLEMENTATIONS}
+        runnable = {"xla", "chunked"} | kept
+        assert {name: x.implementation for name, x in found.items()} == {
+            name: name if name in runnable else "xla" for name in layers.IMPLEMENTATIONS
+        }
 
 
 def test_unknown_implementation_is_named():

@@ -57,6 +57,7 @@ def jax_noise(height: int, width: int) -> np.ndarray:
 def test_same_noise_gives_the_picture_of_the_jax_editor(exported):
     run, directory, (width, height) = exported
     image = picture(width, height)
+    image.putalpha(Image.linear_gradient("L").resize(image.size))  # see-through at the top
     expected = np.asarray(Editor.from_checkpoint(run)(image, INSTRUCTION, seed=SEED)).astype(int)
     noise = torch.from_numpy(jax_noise(height // 2, width // 2)).permute(0, 3, 1, 2)
     found = np.asarray(edit.Editor.load([str(directory)])(image, INSTRUCTION, noise=noise)).astype(int)
@@ -164,6 +165,19 @@ def test_bad_input_is_told_in_one_line(words, monkeypatch, change, told):
         edit.main([f"--{name}={value}" for name, value in options.items()])
     assert str(error.value.code).startswith("edit: ") and "\n" not in str(error.value.code)
     assert not (words / "out.png").exists()
+
+
+def test_task_is_told_by_what_the_instruction_begins_with(words, tmp_path):
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).symlink_to(words / "exported" / part)
+    settings = json.loads((words / "exported" / "editor.json").read_text())
+    settings["prefixes"] = {"editing": "", "customization": "make the circle red "}
+    (tmp_path / "editor.json").write_text(json.dumps(settings))
+    plain, told = (edit.Editor.load([str(tmp_path)], task=task) for task in ("editing", "customization"))
+    expected = plain._encode_text("make the circle red remove the circle")
+    torch.testing.assert_close(told._encode_text("remove the circle"), expected)
+    with pytest.raises(ValueError, match=r"trained for \['editing', 'customization'\], not for cooking"):
+        edit.Editor.load([str(tmp_path)], task="cooking")
 
 
 def test_options_of_a_later_version_and_lost_tensors_are_told(words, tmp_path):

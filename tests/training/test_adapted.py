@@ -94,7 +94,7 @@ def test_edit_losses_with_fresh_adapters_are_those_of_the_base():
 def test_a_base_is_stored_and_computed_in_the_types_of_its_options():
     options = dict(dtype="bfloat16", param_dtype="bfloat16")
     spec = dict(kind="zimage", directory=str(GOLDEN), architecture={}, options=options)
-    module, params = networks.create(spec, rng=None, dtype=options["param_dtype"])
+    module, params = networks.create(spec, rng=None)
     assert (module.dtype, module.param_dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     module, params = networks.create(spec | dict(options=dict(dtype="bfloat16")), rng=None)

@@ -1,6 +1,7 @@
 """Every field of a config is named by it: a missing, misspelt or half given one is told with the place where it is."""
 
 import pytest
+from ml_collections import ConfigDict
 
 from npedit_jax.training import fields, stages
 from tests.training.tiny import autoencoder_config
@@ -14,6 +15,12 @@ def test_complete_config_passes(make):
 
 def test_the_stages_are_those_that_have_fields():
     assert fields.OF_STAGE.keys() == stages.STEPS.keys()
+
+
+def test_templates_of_another_name_are_told():
+    config = ConfigDict(dict(data=dict(templates="painting")))
+    with pytest.raises(ValueError, match="unknown question templates 'painting'"):
+        stages.DATASETS["scorer"](config, {})
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,33 @@ def test_adapters_of_other_targets_are_refused_by_name(tmp_path):
         adapters.load(tmp_path / "none", "zimage", module, like=like, alpha=ALPHA)
 
 
+def test_adapters_in_half_the_bytes_come_back_rounded(tmp_path):
+    module, _, pairs = parts()
+    adapters.save(tmp_path / "saved", "zimage", module, pairs, ALPHA, dtype="bfloat16")
+    again = adapters.load(tmp_path / "saved", "zimage", module, like=pairs, alpha=ALPHA)
+    jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(lambda x: jnp.float32(jnp.bfloat16(x)), pairs))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        (adapters.FILE, lambda data: data[:-1], "adapter_model.safetensors: .* truncated or damaged"),
+        (adapters.FILE, lambda data: b"version https://git-lfs", "adapter_model.safetensors: corrupt or truncated"),
+        (adapters.CONFIG, lambda data: data[:-3], "adapter_config.json holds no settings of adapters"),
+        (adapters.CONFIG, lambda data: b"[1]", "adapter_config.json holds no settings of adapters"),
+        (adapters.CONFIG, lambda data: data.replace(b'"r"', b'"rank"'), "numbers r and lora_alpha, found r=None"),
+        (adapters.CONFIG, lambda data: data.replace(b": 6", b': "6"'), "found r=2 and lora_alpha='6'"),
+    ],
+)
+def test_damaged_files_are_told(tmp_path, name, damage, told):
+    module, _, pairs = parts()
+    adapters.save(tmp_path / "saved", "zimage", module, pairs, ALPHA)
+    file = tmp_path / "saved" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=told):
+        adapters.load(tmp_path / "saved", "zimage", module, like=pairs, alpha=ALPHA)
+
+
 @pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"layers.0": 2}}, {"peft_type": "IA3"}])
 def test_other_kinds_of_adapters_are_refused(change, tmp_path):
     module, _, pairs = parts()

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pwd
 import struct
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from npedit_jax import weights
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.models.denoiser import Denoiser
-from npedit_jax.weights import kinds, saving
+from npedit_jax.weights import kinds, safetensors_io, saving
 from npedit_jax.weights.table import LAYOUTS, Row, check_table
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -189,6 +191,18 @@ def test_index_that_does_not_match_its_shards_is_an_error(sharded):
         weights.load("autoencoder", sharded)
     assert "no shard has it: source decoder.nowhere -> target unknown" in str(error.value)
     assert f"not in the index: source {names[1]} -> target" in str(error.value)
+    file.write_text(json.dumps({"weight_map": {names[0]: "a.safetensors", names[1]: ["b.safetensors"]}}))
+    with pytest.raises(ValueError, match=f"{file.name}: not a safetensors index: .*{names[1]}"):
+        weights.load("autoencoder", sharded)
+
+
+def test_owner_of_a_file_need_have_no_name(monkeypatch):
+    """In containers that run as any number, `epath.Path.stat` fails."""
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    file = epath.Path(next((GOLDEN / "B/vae").glob("*.safetensors")))
+    with pytest.raises(KeyError):
+        file.stat()
+    assert "decoder.conv_in.bias" in safetensors_io.read_header(file)
 
 
 def test_missing_shard_is_an_error(sharded):
