@@ -15,7 +15,7 @@ from npedit_jax.training import edit_losses, networks, steps
 from tests.training.tiny_networks import SPECS
 
 PACKAGE = "package:pretrained/easyvqa/"
-IMAGE_TOKENS, QUESTION, PACKED = 1, 40, 64
+IMAGE_TOKENS, QUESTION, PACKED = 4, 48, 72
 TOLERANCE = 2e-5
 
 
@@ -54,7 +54,7 @@ def test_images_are_shared_unless_the_edit_is_shown_alone(tokenizer):
         assert (row.image_index[shared] >= 0).sum() == images * IMAGE_TOKENS
         # The edit alone is shown by its own block, of the second image's rows.
         own = row.image_index[(row.segments == 1) & (row.image_index >= 0)]
-        assert own.tolist() == ([1] if edit_type == "remove" else [])
+        assert own.tolist() == (list(range(IMAGE_TOKENS, 2 * IMAGE_TOKENS)) if edit_type == "remove" else [])
 
 
 def test_identity_question_comes_first_and_equal_questions_keep_a_token_each(tokenizer):
@@ -103,9 +103,11 @@ def test_batches_hold_one_layout_or_the_other(both_layouts):
 def test_answers_and_gradients_are_those_of_the_unpacked_layout(both_layouts):
     kind, config = SPECS["scorer"]
     config = networks.plain(config)
-    config["llm_config"]["vocab_size"] = 128
+    config["llm_config"] |= dict(vocab_size=128, num_hidden_layers=2)  # the second sees what all tokens saw
+    config["vision_config"]["image_size"] = 16
     module = weights.build(kind, config)
     rng = np.random.default_rng(0)
+    assert module.image_tokens == IMAGE_TOKENS
     shapes = networks.shapes(kind, module)
     params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
     reference, edited = (jnp.asarray(rng.uniform(-0.9, 0.9, (8, 8, 8, 3)), jnp.float32) for _ in range(2))
