@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,9 +200,17 @@ def test_long_sequences_go_through_the_mlp_some_tokens_at_a_time(monkeypatch):
 
 def test_time_embedding_is_the_original(golden, loaded):
     module, params = loaded
-    embed = TimeEmbedding(64, module.time_scale, jnp.float32)
-    actual = embed.apply({"params": params["time_embedding"]}, golden["prim.tz"])
+    embed, sinusoids = TimeEmbedding(64, module.time_scale, jnp.float32), []
+
+    def note(call, arguments, keywords, context):
+        if context.module.name == "hidden":
+            sinusoids.append(arguments[0])
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(note):
+        actual = embed.apply({"params": params["time_embedding"]}, golden["prim.tz"])
     assert relative(actual, golden["prim.temb"]) <= 2e-5
+    assert relative(sinusoids[0], golden["prim.tfreq"]) <= 2e-5
 
 
 def test_bfloat16_stays_close(golden, loaded):
