@@ -149,19 +149,32 @@ def test_interrupted_at_a_random_step_no_record_is_lost_or_repeated(found, unint
         assert np.concatenate(seen[step]).tolist() == whole[step].tolist()
 
 
-def _watched(found, feed, weights):
+def _with_ids(batch):
+    return batch | {"ids": ids_of(batch)}
+
+
+def _watched(found, feed, weights, reading=Reading(threads=2)):  # noqa: B008
     """An iterator whose batches hold the ids, which the step never sees."""
-    dataset = edits(found, feed, weights=weights).map(lambda batch: batch | {"ids": ids_of(batch)})
-    return batches.iterate(dataset, Reading(threads=2))
+    return batches.iterate(edits(found, feed, weights=weights).map(_with_ids), reading)
 
 
 def test_worker_processes_change_nothing(found):
-    plain = batches.iterate(edits(found, Feed(0, 4)))
-    workers = batches.iterate(edits(found, Feed(0, 4)), Reading(workers=2, buffer=1))
+    """A run goes on with two of them, and after that with none."""
+    plain, workers = (
+        _watched(found, Feed(0, 4), record_sets.WEIGHTS, reading)
+        for reading in (Reading(), Reading(workers=2, buffer=1))
+    )
+    for _ in range(3):
+        next(plain)
+    workers.set_state(plain.get_state())
     for _ in range(5):
         a, b = next(plain), next(workers)
         assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
     assert workers.counts == plain.counts
+    plain.set_state(workers.get_state())
+    dataset = edits(found, Feed(0, 4))
+    for step in (8, 9):
+        assert next(plain)["ids"].tolist() == next(workers)["ids"].tolist() == ids_of(dataset[step]).tolist()
 
 
 def test_warm_up_and_base_show_images_with_their_own_captions(found, made):

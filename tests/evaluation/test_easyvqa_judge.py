@@ -91,6 +91,49 @@ def test_wrong_edits_are_not_done(test_split):
             assert not easyvqa_judge.judge(image, wrong.render(), edit).done, edit
 
 
+SHAPE, AWAY = np.zeros((2, 64, 64), bool)
+SHAPE[20:40, 20:40] = True  # a square of 400 pixels
+AWAY[45:60, 5:60] = True
+RIM = easyvqa_judge.dilate(SHAPE) & ~SHAPE
+GROUND, RED, BLUE = (240, 250, 245), easyvqa.PALETTE["red"], easyvqa.PALETTE["blue"]
+
+
+def red_square(edit_type, *painted):
+    """Whether the edit of a red square, to a blue one where it has a target, is done by painting so many pixels."""
+    image = easyvqa_edits.draw("rectangle", "red", GROUND, (20, 20, 40, 40))
+    edited = image.copy()
+    for where, count, rgb in painted:
+        rows, columns = np.nonzero(where)
+        edited[rows[:count], columns[:count]] = rgb
+    source, target = easyvqa.Shape("red", "rectangle"), easyvqa.Shape("blue", "rectangle")
+    return easyvqa_judge.judge(image, edited, easyvqa.Edit(edit_type, "", source, target)).done
+
+
+@pytest.mark.parametrize(
+    ("edit_type", "painted", "done", "not_done"),
+    [
+        ("recolor", lambda count: [(SHAPE, count, BLUE)], 280, 279),  # 70 % of the shape
+        ("recolor", lambda count: [(SHAPE, 400, BLUE), (AWAY, count, BLUE)], 266, 267),  # IoU 400 / 666
+        ("remove", lambda count: [(SHAPE, count, GROUND)], 340, 339),  # 85 % of the shape
+        ("remove", lambda count: [(SHAPE, 340, GROUND), (RIM, count, RED)], 27, 28),  # below 20 % and 8 pixels in all
+        ("remove", lambda count: [(SHAPE, 400, GROUND), (AWAY, count, RED)], 8, 9),  # elsewhere
+        ("nothing", lambda count: [(AWAY, count, RED)], 99, 100),  # IoU 400 / 499
+    ],
+)
+def test_one_pixel_decides(edit_type, painted, done, not_done):
+    assert red_square(edit_type, *painted(done))
+    assert not red_square(edit_type, *painted(not_done))
+
+
+def test_a_replaced_shape_is_in_place_up_to_ten_pixels_aside():
+    """The boxes' IoU is then 200 / 600, and 180 / 620 with one more."""
+    image = easyvqa_edits.draw("rectangle", "red", GROUND, (20, 20, 40, 40))
+    edit = easyvqa.Edit("replace", "", easyvqa.Shape("red", "rectangle"), easyvqa.Shape("red", "circle"))
+    for aside, done in ((10, True), (11, False)):
+        moved = easyvqa_edits.draw("circle", "red", GROUND, (20, 20 + aside, 40, 40 + aside))
+        assert easyvqa_judge.judge(image, moved, edit).done == done
+
+
 def test_kept_error_counts_only_what_had_to_stay():
     ground = (240, 250, 245)
     image = easyvqa_edits.draw("circle", "red", ground, (20, 20, 40, 40))

@@ -3,16 +3,21 @@
 import functools
 import pathlib
 
+import diffusers
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from npedit_jax import weights
 from npedit_jax.models import denoiser, layers, positions
 from npedit_jax.models.denoiser import MLP, Denoiser, TimeEmbedding
+from npedit_jax.pytorch import edit
 from npedit_jax.weights import zimage
+from tests.models import torch_parity
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "A"
 CASES = ("a", "b", "c")
@@ -199,9 +204,17 @@ def test_long_sequences_go_through_the_mlp_some_tokens_at_a_time(monkeypatch):
 
 def test_time_embedding_is_the_original(golden, loaded):
     module, params = loaded
-    embed = TimeEmbedding(64, module.time_scale, jnp.float32)
-    actual = embed.apply({"params": params["time_embedding"]}, golden["prim.tz"])
+    embed, sinusoids = TimeEmbedding(64, module.time_scale, jnp.float32), []
+
+    def note(call, arguments, keywords, context):
+        if context.module.name == "hidden":
+            sinusoids.append(arguments[0])
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(note):
+        actual = embed.apply({"params": params["time_embedding"]}, golden["prim.tz"])
     assert relative(actual, golden["prim.temb"]) <= 2e-5
+    assert relative(sinusoids[0], golden["prim.tfreq"]) <= 2e-5
 
 
 def test_bfloat16_stays_close(golden, loaded):
@@ -213,12 +226,16 @@ def test_bfloat16_stays_close(golden, loaded):
     assert relative(velocity, channels_last(golden["c.v_plain"])) <= 2e-2
 
 
-# Diffusers
+# PyTorch
+
+
+def gradients_of(theirs: torch.nn.Module, module: Denoiser) -> dict:
+    """Those of all parameters, in our layout; a pad token that nobody sees has none."""
+    zeros = lambda x: torch.zeros_like(x) if x.grad is None else x.grad  # noqa: E731
+    return torch_parity.to_flax(zimage.rows(module), {n: zeros(x).numpy() for n, x in theirs.named_parameters()})
 
 
 def test_plain_path_and_gradients_of_all_parameters_are_diffusers(tmp_path):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
     latents, times, text, mask = small_inputs()
     module = Denoiser(**(SMALL | {"depth": 3, "refiner_depth": 2}))
     params = randomized(module, latents, times, text, mask)
@@ -235,20 +252,39 @@ def test_plain_path_and_gradients_of_all_parameters_are_diffusers(tmp_path):
     with torch.no_grad():
         cotangents = [-torch.tensor(row.transpose(2, 0, 1))[:, None] for row in probe]
     torch.autograd.backward(output, cotangents)
-    named = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
 
     def scalar(params):
         return jnp.sum(apply(module.clone(remat="full"), params, latents, times, text, mask) * probe)
 
-    gradients = quick(jax.grad(scalar))(params)
-    whole = np.sqrt(sum(np.sum(g**2) for g in named.values()))
-    flat = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.flatten_with_path(gradients)[0]}
-    for row in zimage.rows(module):
-        pieces = [row.to_flax(named.pop(name)) for name in row.names()]
-        wanted = np.stack(pieces) if row.layers else pieces[0]
-        error = np.linalg.norm(np.asarray(flat.pop(row.target)) - wanted)
-        assert error <= 1e-4 * np.linalg.norm(wanted) + 1e-6 * whole, row.target
-    assert not named and not flat
+    torch_parity.assert_gradients(quick(jax.grad(scalar))(params), gradients_of(theirs, module))
+
+
+@pytest.mark.parametrize("pad_tokens", ["attend", "mask"])
+def test_gradients_of_the_reference_path_are_those_of_pytorch(tmp_path, pad_tokens):
+    """In every input and every parameter; the function in PyTorch is itself proved against the release's edits."""
+    latents, times, text, mask = small_inputs(text=12)
+    mask[:, 9:] = False  # captions of 3 and 9 tokens, padded to 8 and 16
+    reference, probe = np.random.default_rng(3).normal(size=(2, *latents.shape)).astype(np.float32)
+    module = Denoiser(**SMALL, pad_multiple=8, pad_tokens=pad_tokens)
+    params = randomized(module, latents, times, text, mask)
+    weights.save("zimage", module, params, tmp_path)
+    theirs = diffusers.ZImageTransformer2DModel.from_pretrained(tmp_path).float()
+
+    options = edit.Options(pad_multiple=8, pad_tokens=pad_tokens)
+    tensors = [torch.tensor(x, requires_grad=True) for x in (latents, text, reference)]
+    for row, (noisy, caption, clean) in enumerate(zip(*tensors, strict=True)):
+        arguments = (float(times[row]), caption[: mask[row].sum()], clean.permute(2, 0, 1))
+        velocity = edit.predict_velocity(theirs, options, noisy.permute(2, 0, 1), *arguments)
+        velocity.backward(torch.tensor(probe[row]).permute(2, 0, 1))
+    expected = {name: x.grad.numpy() for name, x in zip(("latents", "text", "reference"), tensors, strict=True)}
+
+    def scalar(params, inputs):
+        found = apply(module, params, inputs["latents"], times, inputs["text"], mask, inputs["reference"])
+        return jnp.sum(found * probe)
+
+    inputs = {"latents": latents, "text": text, "reference": reference}
+    of_params, of_inputs = quick(jax.grad(scalar, argnums=(0, 1)))(params, inputs)
+    torch_parity.assert_gradients(of_params | of_inputs, gradients_of(theirs, module) | expected)
 
 
 # Properties

@@ -20,6 +20,13 @@ def mask_of(length: int, visible: tuple[int, ...]) -> jax.Array:
     return (jnp.arange(length)[None] < jnp.asarray(visible)[:, None])[:, None, None]
 
 
+def with_holes(length: int, batch: int = 2) -> jax.Array:
+    """Three keys of four, and the second tile of 128 of the first sample hidden whole."""
+    visible = np.random.default_rng(1).random((batch, length)) < 0.75
+    visible[0, 128:256] = False
+    return jnp.asarray(visible)[:, None, None]
+
+
 def both(arguments, mask):
     """Outputs and gradients of the flash and of the plain form."""
 
@@ -38,6 +45,14 @@ def both(arguments, mask):
 def test_flash_equals_plain(monkeypatch, length, visible):
     monkeypatch.setattr(layers, "FLASH_LENGTH", 128)
     found, expected = both(inputs(length), None if visible is None else mask_of(length, visible))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+
+
+def test_tiles_of_keys_come_together(monkeypatch):
+    """Five tiles of 128: the running maximum and sum go over all of them, one of which nobody sees."""
+    monkeypatch.setattr(layers, "FLASH_LENGTH", 128)
+    assert [640 % size for size in flash_attention.BLOCKS].index(0) == flash_attention.BLOCKS.index(128)
+    found, expected = both(inputs(640), with_holes(640))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
 
 

@@ -19,10 +19,12 @@ import optax
 from jax.experimental import multihost_utils
 
 from npedit_jax import parallel
+from npedit_jax.models import layers
 from npedit_jax.models.denoiser import Denoiser
 from npedit_jax.training import edit_step, hosts, networks, optimizer, state, steps
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.edit_losses import EditSettings
+from tests.models import test_flash_attention
 from tests.training.test_outer_step import recording
 from tests.training.tiny_networks import batches, parts
 
@@ -135,6 +137,7 @@ def main(directory: str, names: list[str]) -> None:
         if jax.process_count() > 1:
             continue
         initialise_in_parts(mesh)
+        attend_in_parts(mesh)
         meshes = [one, two, *(parallel.make_mesh(*sizes) for sizes in MESHES.values())]
         restore_elsewhere(f"{directory}/{name}", end, meshes)
         restore_elsewhere(f"{directory}/from one to {name}", begun, [mesh])
@@ -149,6 +152,17 @@ def initialise_in_parts(mesh: jax.sharding.Mesh) -> None:
     whole = sum(4 * x.size for x in jax.tree.leaves(networks.shapes("zimage", module)))
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert held < 1.5 * whole / (mesh.shape["fsdp"] * mesh.shape["tensor"]), (held, whole)
+
+
+def attend_in_parts(mesh: jax.sharding.Mesh) -> None:
+    """The flash kernel, its samples and heads split over the mesh, against the plain form: values and gradients."""
+    arguments, mask = (
+        test_flash_attention.inputs(256, heads=4, batch=SAMPLES),
+        test_flash_attention.with_holes(256, SAMPLES),
+    )
+    with mock.patch.object(layers, "FLASH_LENGTH", 256), jax.set_mesh(mesh):
+        found, expected = test_flash_attention.both(arguments, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
 
 
 def restore_elsewhere(directory: str, saved: state.TrainState, meshes: list[jax.sharding.Mesh]) -> None:

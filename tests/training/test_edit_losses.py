@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from npedit_jax import weights
 from npedit_jax.objectives import unroll
+from npedit_jax.sampling import decode
 from npedit_jax.training import edit_losses
 from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws, StudentDraws
 from npedit_jax.weights.kinds import kind_module
@@ -143,6 +144,19 @@ def student_gradients(params, given, batch, draws, step, two_steps):
 
 
 @functools.partial(jax.jit, static_argnames="two_steps")
+def edited(params, given, draws, two_steps):
+    return edit_losses.edit(networks()[0], {"params": params["student"]}, given, draws, two_steps=two_steps)
+
+
+@jax.jit
+def judged(params, given, batch, x0):
+    """Pixels, and the scorer's logits about them."""
+    modules, _ = networks()
+    decoded = decode(modules, params, x0)
+    return decoded, edit_losses.answers(modules, params["scorer"], given.pixels, decoded, batch).logits
+
+
+@functools.partial(jax.jit, static_argnames="two_steps")
 def fake_gradients(params, given, batch, draws, two_steps):
     modules, _ = networks()
     loss = lambda fake: edit_losses.fake_score_loss(  # noqa: E731
@@ -160,6 +174,11 @@ def by_source(name: str, gradients: dict) -> dict[str, np.ndarray]:
             leaf = np.asarray(flat[row.target])
             found[source] = row.to_source(leaf[layer] if row.layers else leaf)
     return found
+
+
+def assert_near(found, expected, tolerance: float) -> None:
+    """Relative L2."""
+    assert jnp.linalg.norm(found - expected) <= tolerance * jnp.linalg.norm(expected)
 
 
 def assert_gradients(name: str, gradients: dict, prefix: str) -> None:
@@ -180,6 +199,16 @@ def assert_gradients(name: str, gradients: dict, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_edit_pixels_and_answers_equal_the_release(name):
+    run, expected = case(name), golden()
+    params, x0 = networks()[1], channels_last(expected[f"{name}.x0_pred"])
+    assert_near(edited(params, run.given, run.draws[0], run.two_steps), x0, 2e-5 * (1 + run.two_steps))
+    decoded, logits = judged(params, run.given, run.batch, x0)
+    assert_near(decoded, channels_last(expected[f"{name}.decoded"]), 2e-5)
+    assert_near(logits[0], expected[f"{name}.score_logits"], 2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_student_step_equals_the_release(name):
     run = case(name)
     (total, metrics), (gradients, at_x0) = student_gradients(
@@ -190,13 +219,33 @@ def test_student_step_equals_the_release(name):
     np.testing.assert_allclose(metrics["loss/scorer"], expected[f"{name}.critic_loss_vec"][0], rtol=1e-4)
     np.testing.assert_allclose(metrics["loss/identity"], expected[f"{name}.mse_loss_vec"][0], rtol=1e-4)
     np.testing.assert_allclose(total, expected[f"{name}.total.loss"], rtol=1e-4)
+    for question, answer in zip(("edit", "identity"), run.batch["answer"][0], strict=True):
+        yes = expected[f"{name}.score_{question}"][0]
+        np.testing.assert_allclose(metrics[f"scorer/{question}"], yes if answer else 1.0 - yes, rtol=1e-4)
     assert_gradients("student", gradients, f"{name}.total")
     # In x0 each part by itself; the original's, without weights, have that of the identity loss in them.
     x0 = channels_last(expected[f"{name}.x0_pred"])
     identity = run.batch["identity_weight"][0] * 2.0 * (x0 - run.given.reference) / x0.size
     for probe, weight, part in (("dmd", SETTINGS.dmd_weight, "dmd"), ("scorer", SETTINGS.scorer_weight, "critic")):
-        wanted = weight * (channels_last(expected[f"{name}.{part}.dx0"]) - identity)
-        assert jnp.linalg.norm(at_x0[probe] - wanted) <= 1e-4 * jnp.linalg.norm(wanted), probe
+        assert_near(at_x0[probe], weight * (channels_last(expected[f"{name}.{part}.dx0"]) - identity), 1e-4)
+    assert_near(at_x0["dmd"] + at_x0["scorer"] + identity, channels_last(expected[f"{name}.total.dx0"]), 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("part", ["dmd", "critic"])
+def test_each_loss_by_itself_equals_the_release(name, part):
+    """Beside the identity loss. The other has weight 0 in the batch, so that the program is that of the whole step."""
+    run, expected = case(name), golden()
+    if part == "dmd":
+        scale, changes = SETTINGS.dmd_weight, {"question_weight": jnp.zeros((1, 2))}
+    else:  # without a weight in the original
+        scale = SETTINGS.scorer_weight
+        changes = {"dmd_weight": jnp.zeros((1,)), "identity_weight": scale * run.batch["identity_weight"]}
+    (total, _), (gradients, _) = student_gradients(
+        networks()[1], run.given, run.batch | changes, run.draws, run.step, run.two_steps
+    )
+    np.testing.assert_allclose(total / scale, expected[f"{name}.{part}.loss"], rtol=1e-4)
+    assert_gradients("student", jax.tree.map(lambda x: x / scale, gradients), f"{name}.{part}")
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -223,11 +272,10 @@ def test_dmd_equals_the_release(name):
 
     (_, loss), gradient = jax.value_and_grad(losses, has_aux=True)(tensor("x0"))
     np.testing.assert_allclose(loss, found[f"{name}.loss_vec"], rtol=1e-4)
-    expected = tensor("dx0")
-    assert jnp.linalg.norm(gradient - expected) <= 1e-4 * jnp.linalg.norm(expected)
+    assert_near(gradient, tensor("dx0"), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["u1", "u2"])
+@pytest.mark.parametrize("name", CASES)
 def test_fake_score_step_equals_the_release(name):
     run = case(name)
     loss, gradients = fake_gradients(networks()[1], run.given, run.batch, run.fake_draws, run.two_steps)
@@ -313,8 +361,7 @@ def test_sampler_equals_the_release(eta):
     fresh = [channels_last(golden()[f"infer.eta{eta}.noise{i}"]) for i in range(3)]
     times = [jnp.full((1,), t) for t in TIMES]
     found = unroll.sample(velocity, run.draws[0].noise, times, fresh, sampler="ddim", eta=eta)
-    expected = channels_last(golden()[f"infer.eta{eta}.x"])
-    assert np.linalg.norm(found - expected) <= 2e-5 * np.linalg.norm(expected) * len(TIMES)
+    assert_near(found, channels_last(golden()[f"infer.eta{eta}.x"]), 2e-5 * len(TIMES))
 
 
 def test_second_time_is_drawn_per_sample_among_the_later_times():
