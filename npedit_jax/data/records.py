@@ -114,7 +114,7 @@ def decode(data: bytes) -> Record:
 
 
 def write_shard(path: epath.PathLike, records: Iterable[Record]) -> int:
-    """Writes one shard, under another name until it is whole; returns the number of records."""
+    """Writes one shard, under another name until it is whole, over an old one; returns the number of records."""
     path = epath.Path(path)
     temporary = path.with_name(f"incomplete.{path.name}")
     writer, count = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS), 0
@@ -123,7 +123,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> int:
             writer.write(encode(record))
     finally:
         writer.close()
-    temporary.rename(path)
+    temporary.replace(path)
     return count
 
 

@@ -149,6 +149,7 @@ def test_resumes_without_asking_twice(serve, bare, tmp_path):
     assert len(answers.read_text().split()) > 5 and answers.read_text().count("number") == 5
     with answers.open("a") as file:
         file.write('{"number": 5, "edit_ty')  # a write that an outage cut
+    (tmp_path / bare.manifest["shards"][0]["file"]).write_bytes(b"a shard, but the run was stopped before the next")
     server = serve(lambda number, messages: json.dumps(GOOD | {"edited_caption": "second run"}))
     written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
     captions = [written[number].edited_caption for number in range(12)]

@@ -66,6 +66,16 @@ def test_records_are_the_items_in_order(edits):
     }
 
 
+def test_a_span_may_be_written_again(edits):
+    """Beam does so where a worker was lost, or thought to be."""
+    layout = layouts.layout("release", [str(edits / "merged_edit_data.json")], str(edits / "images"))
+    span, whole = layout.spans(8)[0], {}
+    for attempt in range(2):
+        prepare.write_span(layout, "tiny", str(edits), "shard", span)
+        whole[attempt] = {path.name: path.read_bytes() for path in edits.glob("*shard*")}
+    assert whole[0] == whole[1] and set(whole[0]) == {"shard", "shard.json", "shard.npz", "shard.rejected.jsonl"}
+
+
 def test_tensorflow_datasets_reads_the_result(edits):
     import tensorflow_datasets as tfds
 
