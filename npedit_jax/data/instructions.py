@@ -15,6 +15,7 @@ import argparse
 import base64
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -201,8 +202,9 @@ def run(
         write_shard(output / shard["file"], _filled(found, numbers, answers))
         describe_shard(output / shard["file"])
         first += shard["count"]
-    write_manifest(output, shards, name=found.manifest.get("name", output.name))
-    select.apply(output, select.Filters(**found.manifest.get("filters", {})))
+    filters = select.Filters(**found.manifest.get("filters", {}))
+    save = functools.partial(select.save, filters=filters)
+    write_manifest(output, shards, save, name=found.manifest.get("name", output.name))
     return Records(output)
 
 

@@ -199,6 +199,14 @@ def test_a_server_that_hangs_and_fails_now_and_then_costs_no_record(serve, bare,
     assert sorted(answer["number"] for answer in answers) == list(range(11))
 
 
+def test_a_set_is_there_with_its_filters_or_not_at_all(serve, bare, tmp_path, monkeypatch):
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    monkeypatch.setattr(instructions.select, "save", lambda *arguments, filters: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0})
+    assert not (tmp_path / records.MANIFEST).exists()
+
+
 def test_an_endpoint_that_refuses_everything_ends_the_run_and_is_asked_again(serve, bare, tmp_path, monkeypatch):
     monkeypatch.setattr(instructions, "_REFUSALS", 5)
     server = serve(lambda number, messages: 400)
