@@ -5,7 +5,7 @@
 
 The paper had its instructions written by Qwen2.5-VL-32B; vLLM serves it. A record without an instruction is given one
 of an edit type drawn for it, and both captions; one with an instruction is given the captions. Answers are checked,
-asked for again where they do not pass, and kept in OUTPUT/answers.jsonl: started again, the command goes on from there.
+asked for again where they do not pass, and kept in OUTPUT/answers.jsonl: the same command started again goes on from there.
 When all are in, the records are written to OUTPUT with their texts.
 
 Needs the extra `instructions`. The key of the endpoint, if it wants one, is read from OPENAI_API_KEY.
@@ -16,6 +16,7 @@ import base64
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -186,7 +187,7 @@ def run(
       concurrency: requests at a time.
 
     Raises:
-      ValueError: an edit type without a description in KINDS.
+      ValueError: an edit type without a description in KINDS, or answers at `output` that were asked for otherwise.
       openai.OpenAIError: the endpoint fails for good; what it answered is kept.
     """
     unknown = set(shares) - set(KINDS)
@@ -194,6 +195,7 @@ def run(
         raise ValueError(f"no description of the edit types {sorted(unknown)}; there are {tuple(KINDS)}")
     output = epath.Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    _open_answers(output / ANSWERS, _settings(found, ask.model, shares, seed))
     _collect(found, output / ANSWERS, ask, shares, concurrency, seed)
     answers = dict(_read_answers(output / ANSWERS))
     first, shards = 0, [shard["file"] for shard in found.manifest["shards"]]
@@ -264,17 +266,45 @@ def _answer(
         return number, error
 
 
+def _settings(found: Records, model: str, shares: Mapping[str, float], seed: int) -> dict:
+    """What answers depend on. They are kept by the number of their record, so the records are among it."""
+    texts = {
+        "records": [shard["sha256"] for shard in found.manifest["shards"]],
+        "prompts": [KINDS, _NEW, _GIVEN, _ANSWER],
+    }
+    sums = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for name, value in texts.items()}
+    return sums | {"model": model, "shares": [list(share) for share in shares.items()], "seed": seed}
+
+
+def _open_answers(path: epath.Path, settings: dict) -> None:
+    """Begins the file of answers with the settings; raises ValueError where it begins with others."""
+    first = next(_read_lines(path), None)
+    if first is None:
+        with path.open("a") as log:
+            log.write("\n" + json.dumps({"settings": settings}) + "\n")
+        return
+    before = first.get("settings", {})
+    if differ := [
+        f"{name} {before.get(name)} and not {now}" for name, now in settings.items() if now != before.get(name)
+    ]:
+        raise ValueError(f"{path} holds answers for {', '.join(differ)}; give another --output, or go on as before")
+
+
 def _read_answers(path: epath.Path) -> Iterator[tuple[int, dict]]:
-    """Answers by record number; a line that was cut off is left out."""
+    """Answers by record number."""
+    return ((line.pop("number"), line) for line in _read_lines(path) if "number" in line)
+
+
+def _read_lines(path: epath.Path) -> Iterator[dict]:
+    """The objects of the lines; one that was cut off is left out."""
     if not path.exists():
         return
     with path.open("r") as lines:
         for line in lines:
             try:
-                answer = json.loads(line)
+                yield json.loads(line)
             except ValueError:  # a blank line, or one that was cut
                 continue
-            yield answer.pop("number"), answer
 
 
 def _filled(found: Records, numbers: range, answers: Mapping[int, dict]) -> Iterator[Record]:

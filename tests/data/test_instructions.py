@@ -98,6 +98,10 @@ def bare(tmp_path_factory):
     return record_sets.write(tmp_path_factory.mktemp("bare") / "bare", made)
 
 
+def answers_of(output) -> list[tuple[int, dict]]:
+    return list(instructions._read_answers(output / instructions.ANSWERS))
+
+
 def asked(request) -> str:
     return request["messages"][0]["content"][1]["text"]
 
@@ -145,15 +149,30 @@ def test_resumes_without_asking_twice(serve, bare, tmp_path):
     broken = serve(reply)
     with pytest.raises(openai.OpenAIError):
         instructions.run(bare, tmp_path, Asker(broken.client, "vlm"), shares={"remove": 1.0}, concurrency=1)
-    answers = tmp_path / instructions.ANSWERS
-    assert len(answers.read_text().split()) > 5 and answers.read_text().count("number") == 5
-    with answers.open("a") as file:
+    assert [number for number, _ in answers_of(tmp_path)] == list(range(5))
+    with (tmp_path / instructions.ANSWERS).open("a") as file:
         file.write('{"number": 5, "edit_ty')  # a write that an outage cut
     (tmp_path / bare.manifest["shards"][0]["file"]).write_bytes(b"a shard, but the run was stopped before the next")
     server = serve(lambda number, messages: json.dumps(GOOD | {"edited_caption": "second run"}))
     written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
     captions = [written[number].edited_caption for number in range(12)]
     assert captions == ["a sofa"] * 5 + ["second run"] * 7 and len(server.requests) == 7
+
+
+def test_answers_are_not_taken_for_those_of_another_run(serve, bare, tmp_path, monkeypatch):
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    same = dict(found=bare, ask=Asker(server.client, "vlm"), shares={"remove": 1.0, "style": 1.0}, seed=0)
+    instructions.run(output=tmp_path / "out", **same)
+    other = record_sets.write(tmp_path / "other", [bare[number] for number in range(1, 12)])
+    changes = dict(found=other, ask=Asker(server.client, "llm"), shares={"style": 1.0, "remove": 1.0}, seed=1)
+    for name, told in dict(found="records", ask="model vlm and not llm", shares="shares", seed="seed 0").items():
+        with pytest.raises(ValueError, match=f"answers.jsonl holds answers for {told}.*give another --output"):
+            instructions.run(output=tmp_path / "out", **same | {name: changes[name]})
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="for prompts"):
+        patch.setattr(instructions, "_NEW", "another question {kind}")
+        instructions.run(output=tmp_path / "out", **same)
+    instructions.run(output=tmp_path / "out", **same)
+    assert len(server.requests) == 12
 
 
 @pytest.mark.parametrize(
@@ -195,8 +214,7 @@ def test_a_server_that_hangs_and_fails_now_and_then_costs_no_record(serve, bare,
     ask = Asker(server.client.with_options(timeout=0.5), "vlm", tries=5)
     written = instructions.run(bare, tmp_path, ask, shares={"remove": 1.0}, concurrency=4)
     assert [written[number].edited_caption for number in range(12)] == ["a sofa"] * 11 + [""]
-    answers = [json.loads(line) for line in (tmp_path / instructions.ANSWERS).read_text().splitlines()]
-    assert sorted(answer["number"] for answer in answers) == list(range(11))
+    assert sorted(number for number, _ in answers_of(tmp_path)) == list(range(11))
 
 
 def test_a_set_is_there_with_its_filters_or_not_at_all(serve, bare, tmp_path, monkeypatch):
@@ -212,7 +230,7 @@ def test_an_endpoint_that_refuses_everything_ends_the_run_and_is_asked_again(ser
     server = serve(lambda number, messages: 400)
     with pytest.raises(openai.BadRequestError):
         instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=1)
-    assert len(server.requests) < 12 and (tmp_path / instructions.ANSWERS).read_text() == ""
+    assert len(server.requests) < 12 and answers_of(tmp_path) == []
     assert not (tmp_path / records.MANIFEST).exists()
 
 
@@ -224,7 +242,7 @@ def test_records_without_a_usable_answer_stay_without_texts(serve, bare, tmp_pat
     )
     assert [written[number].instruction for number in range(11)] == [""] * 11
     assert written.manifest["left_out"]["no_instruction"] == 11 or written.manifest["kept"] == 0
-    problems = [json.loads(line)["problem"] for line in (tmp_path / instructions.ANSWERS).read_text().splitlines()]
+    problems = [answer["problem"] for _, answer in answers_of(tmp_path)]
     assert {problem.split(":")[0] for problem in problems} == {"NoEdit", "InvalidAnswer"}
 
 
