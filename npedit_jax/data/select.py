@@ -66,7 +66,7 @@ def save(directory: epath.PathLike, manifest: Mapping[str, Any], index: np.ndarr
         rows["left_out"][holds[reason]] = 1 + REASONS.index(reason)
     if filters.duplicates:  # of what is left, so that one of several that are alike is used
         kept = np.flatnonzero(rows["left_out"] == KEPT)
-        rows["left_out"][kept[_repeated(rows["content"][kept])]] = 1 + REASONS.index("duplicate")
+        rows["left_out"][kept[repeated(rows["content"][kept])]] = 1 + REASONS.index("duplicate")
     save_index(directory, {**manifest, "filters": dataclasses.asdict(filters)}, rows, REASONS)
 
 
@@ -93,7 +93,7 @@ def filters_of(arguments: argparse.Namespace) -> Filters:
     )
 
 
-def _repeated(values: np.ndarray) -> np.ndarray:
+def repeated(values: np.ndarray) -> np.ndarray:
     """True on every value that stood before."""
     repeated = np.ones(len(values), bool)
     repeated[np.unique(values, return_index=True)[1]] = False

@@ -2,10 +2,12 @@
 
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import http.server
 import io
 import json
+import re
 import threading
 import time
 
@@ -13,7 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
-from npedit_jax.data import instructions, records
+from npedit_jax.data import instructions, records, select
 from npedit_jax.data.instructions import Asker, InvalidAnswer, NoEdit
 from tests.data import record_sets
 
@@ -126,6 +128,54 @@ def test_every_record_gets_its_texts(serve, bare, tmp_path):
     texts = [asked(request) for request in server.requests]
     assert sum("make it night" in text for text in texts) == 1
     assert sum(instructions.KINDS["remove"] in text for text in texts) == kinds["remove"]
+
+
+def test_records_that_stay_left_out_are_not_paid_for(serve, tmp_path):
+    nothing = dict(instruction="", edited_caption="", input_caption="", edit_type="")
+    made = record_sets.photograph_records(7)
+    for number, changes in enumerate([nothing, nothing, nothing | {"width": 40}, {"edit_type": "zoom_in"}, {}, {}]):
+        record_sets.changed(made, number, **{"edited_caption": "", "edit_type": "style"} | changes)
+    record_sets.changed(made, 1, image=made[0].image)
+    record_sets.changed(made, 5, image=made[4].image, instruction=made[4].instruction)
+    found = record_sets.write(tmp_path / "all", made)
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    for filters, asked_about, used in (
+        (select.Filters(min_side=64), [0, 4], [0, 4, 6]),
+        (select.Filters(min_side=64, known_edit_types=False), [0, 3, 4], [0, 3, 4, 6]),
+        (select.Filters(min_side=64, instruction=False), [0, 4], [0, 4, 6]),
+    ):
+        select.apply(tmp_path / "all", filters)
+        found = records.Records(tmp_path / "all")
+        output = tmp_path / f"to {len(server.requests)}"
+        written = instructions.run(found, output, Asker(server.client, "vlm"), shares={"remove": 1.0})
+        assert sorted(number for number, _ in answers_of(output)) == asked_about
+        assert written.kept().tolist() == used
+        assert [written[number].edit_type for number in (0, 3, 4)] == ["remove", "zoom_in", "style"]
+
+
+def test_an_interrupt_asks_no_more_and_keeps_what_is_answered(serve, bare, tmp_path, monkeypatch):
+    cancelled, wait = threading.Event(), concurrent.futures.wait
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            cancelled.set()
+            super().shutdown(wait)
+
+    def interrupted(*arguments, **options):
+        wait(*arguments, **options)
+        raise KeyboardInterrupt
+
+    def reply(number, messages):
+        assert number == 1 or cancelled.wait(60)
+        return json.dumps(GOOD)
+
+    monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(concurrent.futures, "wait", interrupted)
+    server = serve(reply)
+    with pytest.raises(KeyboardInterrupt):  # of four requests one is answered, two are on their way
+        instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
+    assert len(answers_of(tmp_path)) == len(server.requests) == 3
 
 
 def test_failures_are_retried_and_bad_answers_asked_for_again(serve, bare):
@@ -274,6 +324,9 @@ def test_command(serve, bare, tmp_path, monkeypatch, capsys):
     assert instructions.main() == 0
     assert "12 records kept" in capsys.readouterr().out or len(records.Records(tmp_path / "out")) == 12
     assert instructions.main() == 1 and "finished records" in capsys.readouterr().err
-    for wrong in (["--edit-types", "zoom=1"], ["--edit-types", "remove"]):
-        monkeypatch.setattr("sys.argv", ["instructions", *arguments, *wrong, "--output", str(tmp_path / "other")])
+    for wrong in ("zoom=1", "remove", "remove=", "remove=1,,", "remove=-1,style=2", "remove=0", "remove=nan"):
+        other = ["--edit-types", wrong, "--output", str(tmp_path / "other")]
+        monkeypatch.setattr("sys.argv", ["instructions", *arguments, *other])
         assert instructions.main() == 1
+        told = "no description of" if wrong == "zoom=1" else f"--edit-types takes NAME=SHARE,.*found '{wrong}'"
+        assert re.search(told, capsys.readouterr().err)
