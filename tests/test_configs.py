@@ -38,6 +38,7 @@ def _load(path: pathlib.Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert f"--config configs/{path.relative_to(CONFIGS)}" in module.__doc__, "the docstring gives the launch command"
+    assert not re.search(r"records=\w+://", module.__doc__), "shards are opened by path"
     return module.get_config()
 
 

@@ -1,7 +1,7 @@
 """NP-Edit at full size: Z-Image becomes a four-step editor, taught by InternVL3-14B, without a pair.
 
 Pod: python -m npedit_jax.train --config configs/zimage/npedit.py --workdir gs://BUCKET/npedit \
-    --config.data.records=gs://BUCKET/records/edits
+    --config.data.records=/mnt/BUCKET/records/edits/NAME/1.0.0
 The weights are those of Hugging Face (Tongyi-MAI/Z-Image, OpenGVLab/InternVL3-14B) under weights/, and the student
 that configs/zimage/warmup.py came to, taken out of its run by npedit_jax.export.
 
@@ -112,7 +112,7 @@ def data() -> ConfigDict:
     shares = {"remove": 0.25} | dict.fromkeys(EDIT_TYPES, 0.75 / len(EDIT_TYPES))
     return ConfigDict(
         dict(
-            records="records/edits",
+            records="records/edits/edits/1.0.0",
             buckets=BUCKETS,
             reading=READING,
             text_tokenizer="weights/Z-Image/tokenizer",

@@ -1,7 +1,7 @@
 """NP-Edit at full size with the paper's scorer, LLaVA-OneVision-7B; all else as in configs/zimage/npedit.py.
 
 Pod: python -m npedit_jax.train --config configs/zimage/npedit_llava.py --workdir gs://BUCKET/npedit-llava \
-    --config.data.records=gs://BUCKET/records/edits
+    --config.data.records=/mnt/BUCKET/records/edits/NAME/1.0.0
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """NP-Edit at full size with LoRA: one frozen bfloat16 Z-Image serves student, fake score and real score.
 
 Pod: python -m npedit_jax.train --config configs/zimage/npedit_lora.py --workdir gs://BUCKET/npedit-lora \
-    --config.data.records=gs://BUCKET/records/edits
+    --config.data.records=/mnt/BUCKET/records/edits/NAME/1.0.0
 The student goes on with the adapters of configs/zimage/warmup_lora.py, read from weights/warmed-up-lora.
 """
 

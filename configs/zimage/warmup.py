@@ -1,7 +1,7 @@
 """Warm-up at full size: the student learns to copy its reference image, starting from Z-Image.
 
 Pod: python -m npedit_jax.train --config configs/zimage/warmup.py --workdir gs://BUCKET/warmup \
-    --config.data.records=gs://BUCKET/records/edits
+    --config.data.records=/mnt/BUCKET/records/edits/NAME/1.0.0
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.networks.student = npedit.network("zimage", "weights/Z-Image/transformer", **trained)
     config.data = ConfigDict(
         dict(
-            records="records/edits",
+            records="records/edits/edits/1.0.0",
             buckets=npedit.BUCKETS,
             reading=npedit.READING,
             text_tokenizer="weights/Z-Image/tokenizer",

@@ -1,7 +1,7 @@
 """Warm-up at full size with LoRA: adapters on a frozen bfloat16 Z-Image learn to copy the reference image.
 
 Pod: python -m npedit_jax.train --config configs/zimage/warmup_lora.py --workdir gs://BUCKET/warmup-lora \
-    --config.data.records=gs://BUCKET/records/edits
+    --config.data.records=/mnt/BUCKET/records/edits/NAME/1.0.0
 Then, for configs/zimage/npedit_lora.py:
 python -m npedit_jax.export --checkpoint gs://BUCKET/warmup-lora --output weights/warmed-up-lora --format peft
 """

@@ -5,8 +5,8 @@
 
 The paper had its instructions written by Qwen2.5-VL-32B; vLLM serves it. A record without an instruction is given one
 of an edit type drawn for it, and both captions; one with an instruction is given the captions. Answers are checked,
-asked for again where they do not pass, and kept in OUTPUT/answers.jsonl: started again, the command goes on from there.
-When all are in, the records are written to OUTPUT with their texts.
+asked for again where they do not pass, and kept in OUTPUT/answers.jsonl: the same command, started again, goes on
+from there. When all are in, the records are written to OUTPUT with their texts.
 
 Needs the extra `instructions`. The key of the endpoint, if it wants one, is read from OPENAI_API_KEY.
 """
@@ -15,9 +15,12 @@ import argparse
 import base64
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +32,16 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax.data import completions, images, select
-from npedit_jax.data.records import MANIFEST, Record, RecordError, Records, describe_shard, write_manifest, write_shard
+from npedit_jax.data.records import (
+    KEPT,
+    MANIFEST,
+    Record,
+    RecordError,
+    Records,
+    describe_shard,
+    write_manifest,
+    write_shard,
+)
 
 try:
     import openai
@@ -181,11 +193,11 @@ def run(
     """Writes the records of `found` to `output` with the texts that they lack; resumes.
 
     Args:
-      shares: of the edit types that are drawn where a record has none of ours, in any unit.
+      shares: of the edit types that are drawn where a record has neither an instruction nor one of ours, in any unit.
       concurrency: requests at a time.
 
     Raises:
-      ValueError: an edit type without a description in KINDS.
+      ValueError: an edit type without a description in KINDS, or answers at `output` that were asked for otherwise.
       openai.OpenAIError: the endpoint fails for good; what it answered is kept.
     """
     unknown = set(shares) - set(KINDS)
@@ -193,6 +205,7 @@ def run(
         raise ValueError(f"no description of the edit types {sorted(unknown)}; there are {tuple(KINDS)}")
     output = epath.Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    _open_answers(output / ANSWERS, _settings(found, ask.model, shares, seed))
     _collect(found, output / ANSWERS, ask, shares, concurrency, seed)
     answers = dict(_read_answers(output / ANSWERS))
     first, shards = 0, [shard["file"] for shard in found.manifest["shards"]]
@@ -201,51 +214,74 @@ def run(
         write_shard(output / shard["file"], _filled(found, numbers, answers))
         describe_shard(output / shard["file"])
         first += shard["count"]
-    write_manifest(output, shards, name=found.manifest.get("name", output.name))
-    select.apply(output, select.Filters(**found.manifest.get("filters", {})))
+    filters = select.Filters(**found.manifest.get("filters", {}))
+    save = functools.partial(select.save, filters=filters)
+    write_manifest(output, shards, save, name=found.manifest.get("name", output.name))
     return Records(output)
 
 
 def _collect(
     found: Records, path: epath.Path, ask: Asker, shares: Mapping[str, float], concurrency: int, seed: int
 ) -> None:
-    """Asks for every record that lacks a text and has no answer yet, a few at a time, and writes each answer down.
+    """Asks for every record that needs it and has no answer yet, a few at a time, and writes each answer down.
 
     A request that the server refuses (a picture that it takes for unsafe, say) leaves its record without texts; it is
     not written down, so that a run that ends for the refusals asks again.
     """
-    done = {number for number, _ in _read_answers(path)}
-    texts = ("instruction", "edited_caption", "input_caption")
-    lacking = np.logical_or.reduce([found.index[text] == 0 for text in texts])
-    waiting = iter([number for number in np.flatnonzero(lacking).tolist() if number not in done])
-    progress = tqdm.tqdm(total=int(lacking.sum()), initial=len(done), unit="record", mininterval=1.0)
+    done, wanted = {number for number, _ in _read_answers(path)}, _wanted(found)
+    waiting = iter([number for number in wanted if number not in done])
+    progress = tqdm.tqdm(total=len(wanted), initial=len(done), unit="record", mininterval=1.0)
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool, path.open("a") as log, progress:
-        log.write("\n" if done else "")  # an outage may have cut the last line
+        log.write("\n")  # an outage may have cut the last line
 
         def submit(count: int) -> set[concurrent.futures.Future]:
             return {
                 pool.submit(_answer, found, ask, shares, seed, number) for number in itertools.islice(waiting, count)
             }
 
+        def keep(number: int, answer: dict[str, str] | openai.APIStatusError) -> bool:
+            """Writes an answer down; False where the request was refused."""
+            refused = isinstance(answer, openai.APIStatusError)
+            if problem := answer if refused else answer.get("problem"):
+                logging.warning("record %s: %s", found.shards.describe(number), problem)
+            if not refused:
+                log.write(json.dumps({"number": number, **answer}, ensure_ascii=False) + "\n")
+                log.flush()
+            progress.update()
+            return not refused
+
         running, refusals = submit(2 * concurrency), 0
         try:
             while running:
-                finished, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                for number, answer in (future.result() for future in finished):
-                    refused = isinstance(answer, openai.APIStatusError)
-                    if problem := answer if refused else answer.get("problem"):
-                        logging.warning("record %s: %s", found.shards.describe(number), problem)
-                    refusals = refusals + 1 if refused else 0
+                finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in finished:
+                    running.remove(future)
+                    number, answer = future.result()
+                    refusals = 0 if keep(number, answer) else refusals + 1
                     if refusals == _REFUSALS:
                         raise answer
-                    if not refused:
-                        log.write(json.dumps({"number": number, **answer}, ensure_ascii=False) + "\n")
-                    progress.update()
-                log.flush()
                 running |= submit(len(finished))
-        except openai.OpenAIError:
+        except BaseException:  # Ctrl-C as well: what is on its way is waited for and kept, nothing more is asked
             pool.shutdown(cancel_futures=True)
+            for future in running:
+                if not future.cancelled() and not future.exception():
+                    keep(*future.result())
             raise
+
+
+def _wanted(found: Records) -> list[int]:
+    """Numbers of the records that lack a text and would be used if they had it, ascending.
+
+    Of records that show the same picture without an instruction the first alone: the edit type drawn is the same too.
+    """
+    index, bare = found.index, found.index["instruction"] == 0
+    reasons = np.array(["", *found.manifest["left_out"]])[index["left_out"]]
+    # An edit type is drawn with the instruction, so that it does not matter what it was.
+    usable = (index["left_out"] == KEPT) | (bare & np.isin(reasons, ("no_instruction", "unmapped_edit_type")))
+    lacking = usable & (bare | (index["edited_caption"] == 0) | (index["input_caption"] == 0))
+    bare = np.flatnonzero(lacking & bare)
+    lacking[bare[select.repeated(index["image"][bare])]] = False
+    return np.flatnonzero(lacking).tolist()
 
 
 def _answer(
@@ -254,7 +290,8 @@ def _answer(
     """A record's number, and its texts with their edit type, or the problem with it, or how its request was refused."""
     try:
         record = found[number]
-        edit_type = record.edit_type if record.edit_type in KINDS else _draw(shares, seed, found.index[number])
+        known = record.instruction or record.edit_type in KINDS
+        edit_type = record.edit_type if known else _draw(shares, seed, found.index[number])
         return number, {"edit_type": edit_type, **ask(record, edit_type)}
     except (InvalidAnswer, NoEdit, RecordError, images.BadImage) as error:
         return number, {"problem": f"{type(error).__name__}: {error}"}
@@ -262,17 +299,45 @@ def _answer(
         return number, error
 
 
+def _settings(found: Records, model: str, shares: Mapping[str, float], seed: int) -> dict:
+    """What answers depend on. They are kept by the number of their record, so the records are among it."""
+    texts = {
+        "records": [shard["sha256"] for shard in found.manifest["shards"]],
+        "prompts": [KINDS, _NEW, _GIVEN, _ANSWER],
+    }
+    sums = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for name, value in texts.items()}
+    return sums | {"model": model, "shares": [list(share) for share in shares.items()], "seed": seed}
+
+
+def _open_answers(path: epath.Path, settings: dict) -> None:
+    """Begins the file of answers with the settings; raises ValueError where it begins with others."""
+    first = next(_read_lines(path), None)
+    if first is None:
+        with path.open("a") as log:
+            log.write("\n" + json.dumps({"settings": settings}) + "\n")
+        return
+    before = first.get("settings", {})
+    if differ := [
+        f"{name} {before.get(name)} and not {now}" for name, now in settings.items() if now != before.get(name)
+    ]:
+        raise ValueError(f"{path} holds answers for {', '.join(differ)}; give another --output, or go on as before")
+
+
 def _read_answers(path: epath.Path) -> Iterator[tuple[int, dict]]:
-    """Answers by record number; a line that was cut off is left out."""
+    """Answers by record number."""
+    return ((line.pop("number"), line) for line in _read_lines(path) if "number" in line)
+
+
+def _read_lines(path: epath.Path) -> Iterator[dict]:
+    """The objects of the lines; one that was cut off is left out."""
     if not path.exists():
         return
     with path.open("r") as lines:
         for line in lines:
             try:
-                answer = json.loads(line)
+                yield json.loads(line)
             except ValueError:  # a blank line, or one that was cut
                 continue
-            yield answer.pop("number"), answer
 
 
 def _filled(found: Records, numbers: range, answers: Mapping[int, dict]) -> Iterator[Record]:
@@ -312,6 +377,18 @@ def _content(record: Record, edit_type: str) -> list[dict]:
     ]
 
 
+def _parse_shares(text: str) -> dict[str, float]:
+    """The shares that NAME=SHARE,... tells."""
+    told = f"--edit-types takes NAME=SHARE,... with shares of 0 and more; found {text!r}"
+    try:
+        shares = {name: float(share) for name, share in (item.split("=") for item in text.split(","))}
+    except ValueError as error:
+        raise ValueError(told) from error
+    if min(shares.values()) < 0 or not 0 < sum(shares.values()) < math.inf:
+        raise ValueError(told)
+    return shares
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m npedit_jax.data.instructions", description=__doc__.split("\n")[0])
@@ -325,10 +402,8 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer (120)")
     parser.add_argument("--retries", type=int, default=5, help="of a request that fails (5)")
     arguments = parser.parse_args()
-    shares = dict.fromkeys(KINDS, 1.0)
     try:
-        if arguments.edit_types:
-            shares = {name: float(share) for name, share in (x.split("=") for x in arguments.edit_types.split(","))}
+        shares = _parse_shares(arguments.edit_types) if arguments.edit_types else dict.fromkeys(KINDS, 1.0)
         if (epath.Path(arguments.output) / MANIFEST).exists():
             raise FileExistsError(f"{arguments.output} holds finished records; give another --output")
         client = openai.OpenAI(

@@ -55,11 +55,13 @@ class EditsConfig(tfds.core.BuilderConfig):
       layout: where items are and what they mean.
       per_shard: items, at most.
       max_rejected_share: items that may become no record.
+      filters: what of the records is used.
     """
 
     layout: layouts.Layout | None = None
     per_shard: int = 1000
     max_rejected_share: float = 0.05
+    filters: select.Filters = select.Filters()
 
 
 class Edits(dataset_builder.FileReaderBuilder):
@@ -92,6 +94,7 @@ class Edits(dataset_builder.FileReaderBuilder):
         records.write_manifest(directory, shards, name=config.name, rejected=rejected)
         self._set_splits(records.Records(directory))
         _check_share(rejected, records.Records(directory), config.max_rejected_share)
+        select.apply(directory, config.filters)
 
     def _set_splits(self, written: records.Records) -> None:
         shards = written.manifest["shards"]
@@ -159,15 +162,22 @@ def prepare(
     """Writes a set to `output`/edits/NAME/1.0.0 and leaves out what the filters say.
 
     Raises:
+      FileExistsError: a set of this name is there.
       TooManyRejected: with counts by reason and examples.
     """
     config = EditsConfig(
-        name=name, version=Edits.VERSION, layout=layout, per_shard=per_shard, max_rejected_share=max_rejected_share
+        name=name,
+        version=Edits.VERSION,
+        layout=layout,
+        per_shard=per_shard,
+        max_rejected_share=max_rejected_share,
+        filters=filters,
     )
     builder = Edits(data_dir=str(output), config=config, file_format="array_record")
+    if builder.data_path.exists():  # TFDS would take it for what is asked for
+        raise FileExistsError(f"{builder.data_path} is there already; delete it or give another --name")
     options = beam.options.pipeline_options.PipelineOptions(list(beam_options))
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(beam_options=options))
-    select.apply(builder.data_dir, filters)
     return records.Records(builder.data_dir)
 
 
@@ -200,7 +210,7 @@ def main() -> int:
             beam_options=arguments.beam,
             filters=select.filters_of(arguments),
         )
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, TooManyRejected) as error:
+    except (FileExistsError, FileNotFoundError, ModuleNotFoundError, ValueError, TooManyRejected) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
     told = {key: written.manifest[key] for key in ("count", "kept", "left_out", "rejected")}

@@ -9,11 +9,12 @@ needed here. Nothing that leaves a record out rewrites a shard: the index says w
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,16 +115,14 @@ def decode(data: bytes) -> Record:
 
 
 def write_shard(path: epath.PathLike, records: Iterable[Record]) -> int:
-    """Writes one shard, under another name until it is whole; returns the number of records."""
-    path = epath.Path(path)
-    temporary = path.with_name(f"incomplete.{path.name}")
-    writer, count = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS), 0
-    try:
-        for count, record in enumerate(records, start=1):  # noqa: B007
-            writer.write(encode(record))
-    finally:
-        writer.close()
-    temporary.rename(path)
+    """Writes one shard, in the place of an old one where there is one; returns the number of records."""
+    with _whole(epath.Path(path)) as partial:
+        writer, count = array_record_module.ArrayRecordWriter(str(partial), _OPTIONS), 0
+        try:
+            for count, record in enumerate(records, start=1):  # noqa: B007
+                writer.write(encode(record))
+        finally:
+            writer.close()
     return count
 
 
@@ -149,11 +148,34 @@ def describe_shard(path: epath.PathLike) -> None:
     _beside(path, ".json").write_text(json.dumps(entry))
 
 
-def write_manifest(directory: epath.PathLike, shards: Sequence[str], **facts: Any) -> None:
-    """Puts what `describe_shard` wrote about each shard together as manifest and index, every record kept.
+def save_index(
+    directory: epath.PathLike, manifest: Mapping[str, Any], rows: np.ndarray, reasons: Sequence[str] = ()
+) -> None:
+    """Writes index and manifest; `reasons` name the values of the column `left_out` from 1 on.
+
+    Those that are there before fit one another at every moment but for the manifest's counts of what is left out.
+    """
+    directory = epath.Path(directory)
+    counts = np.bincount(rows["left_out"], minlength=1 + len(reasons)).tolist()
+    left_out = dict(zip(reasons, counts[1:], strict=True))
+    with _whole(directory / INDEX) as partial, partial.open("wb") as file:
+        np.savez(file, rows=rows)
+    text = json.dumps({**manifest, "kept": counts[KEPT], "left_out": left_out}, indent=1, ensure_ascii=False)
+    with _whole(directory / MANIFEST) as partial:
+        partial.write_text(text + "\n")
+
+
+def write_manifest(
+    directory: epath.PathLike,
+    shards: Sequence[str],
+    save: Callable[[epath.Path, Mapping[str, Any], np.ndarray], None] = save_index,
+    **facts: Any,
+) -> None:
+    """Puts what `describe_shard` wrote about each shard together as manifest and index.
 
     Args:
       shards: names of the shards, in order.
+      save: writes them; by default every record is used.
       facts: more for the manifest: plain values by name.
     """
     directory = epath.Path(directory)
@@ -168,23 +190,10 @@ def write_manifest(directory: epath.PathLike, shards: Sequence[str], **facts: An
         parts.append(rows)
     rows = np.concatenate([*parts, np.zeros(0, INDEX_TYPE)])
     manifest = {"schema": SCHEMA, "count": len(rows), "shards": entries, "edit_types": list(names), **facts}
-    save_index(directory, manifest, rows, ())
+    save(directory, manifest, rows)
     for shard in shards:
         for suffix in (".json", ".npz"):
             _beside(directory / shard, suffix).unlink()
-
-
-def save_index(
-    directory: epath.PathLike, manifest: Mapping[str, Any], rows: np.ndarray, reasons: Sequence[str]
-) -> None:
-    """Writes index and manifest; `reasons` name the values of the column `left_out` from 1 on."""
-    directory = epath.Path(directory)
-    counts = np.bincount(rows["left_out"], minlength=1 + len(reasons)).tolist()
-    left_out = dict(zip(reasons, counts[1:], strict=True))
-    with (directory / INDEX).open("wb") as file:
-        np.savez(file, rows=rows)
-    text = json.dumps({**manifest, "kept": counts[KEPT], "left_out": left_out}, indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n")
 
 
 def write(directory: epath.PathLike, name: str, records: Iterable[Record], *, per_shard: int = 1000) -> "Records":
@@ -318,6 +327,18 @@ class _Shard:
     @property
     def take(self) -> int:
         return self.examples_in_shard
+
+
+@contextlib.contextmanager
+def _whole(path: epath.Path) -> Iterator[epath.Path]:
+    """A file to write, which takes the place of `path` when it is done."""
+    partial = path.with_name(f"incomplete.{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _beside(path: epath.Path, suffix: str) -> epath.Path:

@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -43,9 +45,15 @@ class Filters:
 def apply(directory: epath.PathLike, filters: Filters) -> dict[str, int]:
     """Rewrites index and manifest; returns how many records each reason leaves out (the first that holds counts)."""
     found = Records(directory)
-    rows = found.index.copy()
+    save(directory, found.manifest, found.index, filters)
+    return Records(directory).manifest["left_out"]
+
+
+def save(directory: epath.PathLike, manifest: Mapping[str, Any], index: np.ndarray, filters: Filters) -> None:
+    """Writes index and manifest with what the filters leave out."""
+    rows = index.copy()
     short, long = np.minimum(rows["height"], rows["width"]), np.maximum(rows["height"], rows["width"])
-    known = np.isin(found.edit_types, edit_types.EDIT_TYPES)[rows["edit_type"]] if len(rows) else np.zeros(0, bool)
+    known = np.isin(manifest["edit_types"], edit_types.EDIT_TYPES)[rows["edit_type"]]
     holds = {
         "small_image": short < filters.min_side,
         "elongated": long > filters.max_elongation * short,
@@ -58,9 +66,8 @@ def apply(directory: epath.PathLike, filters: Filters) -> dict[str, int]:
         rows["left_out"][holds[reason]] = 1 + REASONS.index(reason)
     if filters.duplicates:  # of what is left, so that one of several that are alike is used
         kept = np.flatnonzero(rows["left_out"] == KEPT)
-        rows["left_out"][kept[_repeated(rows["content"][kept])]] = 1 + REASONS.index("duplicate")
-    save_index(directory, {**found.manifest, "filters": dataclasses.asdict(filters)}, rows, REASONS)
-    return Records(directory).manifest["left_out"]
+        rows["left_out"][kept[repeated(rows["content"][kept])]] = 1 + REASONS.index("duplicate")
+    save_index(directory, {**manifest, "filters": dataclasses.asdict(filters)}, rows, REASONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +93,7 @@ def filters_of(arguments: argparse.Namespace) -> Filters:
     )
 
 
-def _repeated(values: np.ndarray) -> np.ndarray:
+def repeated(values: np.ndarray) -> np.ndarray:
     """True on every value that stood before."""
     repeated = np.ones(len(values), bool)
     repeated[np.unique(values, return_index=True)[1]] = False

@@ -417,14 +417,19 @@ def _source(config: Config, records: str = "") -> tuple[Source, dict[str, Any]]:
 
 
 def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:
-    """Sets of records by the name of their directory, and their weights: "DIR" or "DIR=WEIGHT,DIR=WEIGHT"."""
+    """Sets of records by their name, and their weights: "DIR" or "DIR=WEIGHT,DIR=WEIGHT".
+
+    The name is the manifest's, or else the directory's: of all prepared sets that is "1.0.0".
+    """
     sets, weights = {}, {}
     for path in paths.split(","):
         directory, _, weight = path.partition("=")
-        name = directory.rstrip("/").rsplit("/", 1)[-1]
+        found = Records(directory)
+        name = found.manifest.get("name") or found.directory.name
         if name in sets:
-            raise ValueError(f"two sets of records are called {name!r} in {paths!r}; rename one directory")
-        sets[name] = Records(directory)
+            told = "give one another name in its manifest.json"
+            raise ValueError(f"two sets of records are called {name!r} in {paths!r}; {told}")
+        sets[name] = found
         weights |= {name: float(weight)} if weight else {}
     return sets, weights
 

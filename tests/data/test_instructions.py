@@ -2,10 +2,12 @@
 
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import http.server
 import io
 import json
+import re
 import threading
 import time
 
@@ -13,7 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
-from npedit_jax.data import instructions, records
+from npedit_jax.data import instructions, records, select
 from npedit_jax.data.instructions import Asker, InvalidAnswer, NoEdit
 from tests.data import record_sets
 
@@ -98,6 +100,10 @@ def bare(tmp_path_factory):
     return record_sets.write(tmp_path_factory.mktemp("bare") / "bare", made)
 
 
+def answers_of(output) -> list[tuple[int, dict]]:
+    return list(instructions._read_answers(output / instructions.ANSWERS))
+
+
 def asked(request) -> str:
     return request["messages"][0]["content"][1]["text"]
 
@@ -124,6 +130,54 @@ def test_every_record_gets_its_texts(serve, bare, tmp_path):
     assert sum(instructions.KINDS["remove"] in text for text in texts) == kinds["remove"]
 
 
+def test_records_that_stay_left_out_are_not_paid_for(serve, tmp_path):
+    nothing = dict(instruction="", edited_caption="", input_caption="", edit_type="")
+    made = record_sets.photograph_records(7)
+    for number, changes in enumerate([nothing, nothing, nothing | {"width": 40}, {"edit_type": "zoom_in"}, {}, {}]):
+        record_sets.changed(made, number, **{"edited_caption": "", "edit_type": "style"} | changes)
+    record_sets.changed(made, 1, image=made[0].image)
+    record_sets.changed(made, 5, image=made[4].image, instruction=made[4].instruction)
+    found = record_sets.write(tmp_path / "all", made)
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    for filters, asked_about, used in (
+        (select.Filters(min_side=64), [0, 4], [0, 4, 6]),
+        (select.Filters(min_side=64, known_edit_types=False), [0, 3, 4], [0, 3, 4, 6]),
+        (select.Filters(min_side=64, instruction=False), [0, 4], [0, 4, 6]),
+    ):
+        select.apply(tmp_path / "all", filters)
+        found = records.Records(tmp_path / "all")
+        output = tmp_path / f"to {len(server.requests)}"
+        written = instructions.run(found, output, Asker(server.client, "vlm"), shares={"remove": 1.0})
+        assert sorted(number for number, _ in answers_of(output)) == asked_about
+        assert written.kept().tolist() == used
+        assert [written[number].edit_type for number in (0, 3, 4)] == ["remove", "zoom_in", "style"]
+
+
+def test_an_interrupt_asks_no_more_and_keeps_what_is_answered(serve, bare, tmp_path, monkeypatch):
+    cancelled, wait = threading.Event(), concurrent.futures.wait
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            cancelled.set()
+            super().shutdown(wait)
+
+    def interrupted(*arguments, **options):
+        wait(*arguments, **options)
+        raise KeyboardInterrupt
+
+    def reply(number, messages):
+        assert number == 1 or cancelled.wait(60)
+        return json.dumps(GOOD)
+
+    monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(concurrent.futures, "wait", interrupted)
+    server = serve(reply)
+    with pytest.raises(KeyboardInterrupt):  # of four requests one is answered, two are on their way
+        instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
+    assert len(answers_of(tmp_path)) == len(server.requests) == 3
+
+
 def test_failures_are_retried_and_bad_answers_asked_for_again(serve, bare):
     replies = [503, "no JSON", json.dumps({**GOOD, "object": ""}), 500, json.dumps(GOOD)]
     server = serve(lambda number, messages: replies[number - 1])
@@ -145,14 +199,30 @@ def test_resumes_without_asking_twice(serve, bare, tmp_path):
     broken = serve(reply)
     with pytest.raises(openai.OpenAIError):
         instructions.run(bare, tmp_path, Asker(broken.client, "vlm"), shares={"remove": 1.0}, concurrency=1)
-    answers = tmp_path / instructions.ANSWERS
-    assert len(answers.read_text().split()) > 5 and answers.read_text().count("number") == 5
-    with answers.open("a") as file:
+    assert [number for number, _ in answers_of(tmp_path)] == list(range(5))
+    with (tmp_path / instructions.ANSWERS).open("a") as file:
         file.write('{"number": 5, "edit_ty')  # a write that an outage cut
+    (tmp_path / bare.manifest["shards"][0]["file"]).write_bytes(b"a shard, but the run was stopped before the next")
     server = serve(lambda number, messages: json.dumps(GOOD | {"edited_caption": "second run"}))
     written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
     captions = [written[number].edited_caption for number in range(12)]
     assert captions == ["a sofa"] * 5 + ["second run"] * 7 and len(server.requests) == 7
+
+
+def test_answers_are_not_taken_for_those_of_another_run(serve, bare, tmp_path, monkeypatch):
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    same = dict(found=bare, ask=Asker(server.client, "vlm"), shares={"remove": 1.0, "style": 1.0}, seed=0)
+    instructions.run(output=tmp_path / "out", **same)
+    other = record_sets.write(tmp_path / "other", [bare[number] for number in range(1, 12)])
+    changes = dict(found=other, ask=Asker(server.client, "llm"), shares={"style": 1.0, "remove": 1.0}, seed=1)
+    for name, told in dict(found="records", ask="model vlm and not llm", shares="shares", seed="seed 0").items():
+        with pytest.raises(ValueError, match=f"answers.jsonl holds answers for {told}.*give another --output"):
+            instructions.run(output=tmp_path / "out", **same | {name: changes[name]})
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="for prompts"):
+        patch.setattr(instructions, "_NEW", "another question {kind}")
+        instructions.run(output=tmp_path / "out", **same)
+    instructions.run(output=tmp_path / "out", **same)
+    assert len(server.requests) == 12
 
 
 @pytest.mark.parametrize(
@@ -194,8 +264,15 @@ def test_a_server_that_hangs_and_fails_now_and_then_costs_no_record(serve, bare,
     ask = Asker(server.client.with_options(timeout=0.5), "vlm", tries=5)
     written = instructions.run(bare, tmp_path, ask, shares={"remove": 1.0}, concurrency=4)
     assert [written[number].edited_caption for number in range(12)] == ["a sofa"] * 11 + [""]
-    answers = [json.loads(line) for line in (tmp_path / instructions.ANSWERS).read_text().splitlines()]
-    assert sorted(answer["number"] for answer in answers) == list(range(11))
+    assert sorted(number for number, _ in answers_of(tmp_path)) == list(range(11))
+
+
+def test_a_set_is_there_with_its_filters_or_not_at_all(serve, bare, tmp_path, monkeypatch):
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    monkeypatch.setattr(instructions.select, "save", lambda *arguments, filters: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0})
+    assert not (tmp_path / records.MANIFEST).exists()
 
 
 def test_an_endpoint_that_refuses_everything_ends_the_run_and_is_asked_again(serve, bare, tmp_path, monkeypatch):
@@ -203,7 +280,7 @@ def test_an_endpoint_that_refuses_everything_ends_the_run_and_is_asked_again(ser
     server = serve(lambda number, messages: 400)
     with pytest.raises(openai.BadRequestError):
         instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=1)
-    assert len(server.requests) < 12 and (tmp_path / instructions.ANSWERS).read_text() == ""
+    assert len(server.requests) < 12 and answers_of(tmp_path) == []
     assert not (tmp_path / records.MANIFEST).exists()
 
 
@@ -215,7 +292,7 @@ def test_records_without_a_usable_answer_stay_without_texts(serve, bare, tmp_pat
     )
     assert [written[number].instruction for number in range(11)] == [""] * 11
     assert written.manifest["left_out"]["no_instruction"] == 11 or written.manifest["kept"] == 0
-    problems = [json.loads(line)["problem"] for line in (tmp_path / instructions.ANSWERS).read_text().splitlines()]
+    problems = [answer["problem"] for _, answer in answers_of(tmp_path)]
     assert {problem.split(":")[0] for problem in problems} == {"NoEdit", "InvalidAnswer"}
 
 
@@ -247,6 +324,9 @@ def test_command(serve, bare, tmp_path, monkeypatch, capsys):
     assert instructions.main() == 0
     assert "12 records kept" in capsys.readouterr().out or len(records.Records(tmp_path / "out")) == 12
     assert instructions.main() == 1 and "finished records" in capsys.readouterr().err
-    for wrong in (["--edit-types", "zoom=1"], ["--edit-types", "remove"]):
-        monkeypatch.setattr("sys.argv", ["instructions", *arguments, *wrong, "--output", str(tmp_path / "other")])
+    for wrong in ("zoom=1", "remove", "remove=", "remove=1,,", "remove=-1,style=2", "remove=0", "remove=nan"):
+        other = ["--edit-types", wrong, "--output", str(tmp_path / "other")]
+        monkeypatch.setattr("sys.argv", ["instructions", *arguments, *other])
         assert instructions.main() == 1
+        told = "no description of" if wrong == "zoom=1" else f"--edit-types takes NAME=SHARE,.*found '{wrong}'"
+        assert re.search(told, capsys.readouterr().err)

@@ -66,6 +66,16 @@ def test_records_are_the_items_in_order(edits):
     }
 
 
+def test_a_span_may_be_written_again(edits):
+    """Beam does so where a worker was lost, or thought to be."""
+    layout = layouts.layout("release", [str(edits / "merged_edit_data.json")], str(edits / "images"))
+    span, whole = layout.spans(8)[0], {}
+    for attempt in range(2):
+        prepare.write_span(layout, "tiny", str(edits), "shard", span)
+        whole[attempt] = {path.name: path.read_bytes() for path in edits.glob("*shard*")}
+    assert whole[0] == whole[1] and set(whole[0]) == {"shard", "shard.json", "shard.npz", "shard.rejected.jsonl"}
+
+
 def test_tensorflow_datasets_reads_the_result(edits):
     import tensorflow_datasets as tfds
 
@@ -78,6 +88,13 @@ def test_tensorflow_datasets_reads_the_result(edits):
     again = layouts.layout("tfds", [str(found.directory)])
     copies = [record for span in again.spans(10) for record in again.records(span, "copy")]
     assert copies == [found[number] for number in range(23)]
+
+
+def test_a_set_is_there_with_its_filters_or_not_at_all(edits, monkeypatch):
+    monkeypatch.setattr(select, "apply", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepared(edits)
+    assert not list((edits / "out").rglob("manifest.json"))
 
 
 def test_too_many_rejected_items_end_it_with_the_count(edits):
@@ -96,7 +113,11 @@ def test_command(edits):
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1].split(": ", 1)[1])
     assert told["count"] == 23 and told["left_out"]["small_image"] == 7  # of chelsea and coffee, one of them twice
-    assert records.Records(edits / "out" / "edits" / "tiny" / "1.0.0").manifest["filters"]["min_side"] == 420
+    written = edits / "out" / "edits" / "tiny" / "1.0.0"
+    assert records.Records(written).manifest["filters"]["min_side"] == 420
+    result = subprocess.run([*command, "--max-rejected-share", "0.1"], capture_output=True, text=True, check=False)
+    told = f"prepare: {written} is there already; delete it or give another --name"
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == told and not result.stdout
 
 
 def test_command_of_wrong_inputs_tells_in_one_line(edits, monkeypatch, capsys):

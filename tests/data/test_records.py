@@ -80,6 +80,14 @@ def test_directory_of_records(tmp_path):
         records.write(tmp_path / "cats", "cats", written)
 
 
+def test_a_shard_is_written_over_that_of_a_run_which_was_stopped(tmp_path):
+    path = tmp_path / records.shard_name("cats", 0, 1)
+    path.write_bytes(b"an old shard")
+    assert records.write_shard(path, [record(0)]) == records.write_shard(path, [record(1)]) == 1
+    shards = records.Shards(tmp_path, [{"file": path.name, "count": 1}])
+    assert shards[0] == record(1) and list(tmp_path.iterdir()) == [path]
+
+
 def test_content_hash_tells_duplicates(tmp_path):
     first = record(0)
     same, other = dataclasses.replace(first, id="copy"), dataclasses.replace(first, instruction="paint the cat")

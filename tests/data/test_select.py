@@ -1,6 +1,8 @@
 """What is left out, and why."""
 
 import dataclasses
+import itertools
+import resource
 import subprocess
 import sys
 
@@ -40,6 +42,24 @@ def test_of_records_that_are_alike_one_that_passes_the_rest_is_used(tmp_path):
     assert left_out == dict.fromkeys(select.REASONS, 0) | {"unmapped_edit_type": 1, "duplicate": 1}
     found = records.Records(tmp_path)
     assert [found[number].id for number in found.kept()] == ["first"]
+
+
+def test_a_full_disk_leaves_the_set_readable(tmp_path):
+    """A limit to the size of files stops the writing after any number of bytes, as a full disk does."""
+    records.write(tmp_path, "cats", [record(0), record(1, width=255)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in itertools.count(0, 50):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            select.apply(tmp_path, Filters())
+            break
+        except OSError:
+            continue
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert records.Records(tmp_path).kept().tolist() in ([0, 1], [0])
+            assert not list(tmp_path.glob("incomplete*"))
+    assert limit > 500 and records.Records(tmp_path).kept().tolist() == [0]
 
 
 def test_command(tmp_path):

@@ -189,9 +189,18 @@ def test_logs_and_delete(gcloud, tmp_path):
 @pytest.mark.parametrize("script", ["create.sh", "setup.sh", "train.sh", "logs.sh", "delete.sh", "multislice.sh"])
 def test_dry_run_prints_and_calls_nothing(gcloud, script):
     rest = {"train.sh": ["--config", "c.py", "--workdir", "gs://b/r"], "logs.sh": ["logs"]}.get(script, [])
-    done, calls = gcloud(script, "--dry-run", *rest, BUCKET="gs://b")
+    done, calls = gcloud(script, "--dry-run", *rest, BUCKET="gs://b", RECORDS="/mnt/b/r")
     assert done.returncode == 0, done.stderr
     assert calls == [] and "gcloud compute tpus" in done.stdout
+
+
+def test_two_slices_train_on_records_that_are_read_by_path(gcloud):
+    done, _ = gcloud("multislice.sh", "--dry-run", BUCKET="gs://b", RECORDS="/mnt/b/my records/edits/NAME/1.0.0")
+    trained = [command_of(shlex.split(line)) for line in done.stdout.splitlines() if "npedit_jax.train" in line]
+    assert len(trained) == 2
+    for command in trained:
+        words = shlex.split(command.partition("2>&1")[0])
+        assert "--config.data.records=/mnt/b/my records/edits/NAME/1.0.0" in words and "gs://b/npedit" in words
 
 
 @pytest.mark.parametrize(
@@ -205,6 +214,7 @@ def test_dry_run_prints_and_calls_nothing(gcloud, script):
         ("train.sh", [], {}, "give the arguments"),
         ("train.sh", ["--config", "c.py", "--workdir", "/tmp/run"], {}, "must be on a bucket"),
         ("logs.sh", [], {}, "give the directory"),
+        ("multislice.sh", [], {"BUCKET": "gs://b"}, "set RECORDS"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_called(gcloud, script, arguments, settings, told):

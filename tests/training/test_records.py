@@ -42,6 +42,18 @@ def config(directory, **reading) -> ConfigDict:
     return warmup_config(data, vocabulary=300, places=128, steps=6, batch_size=10, checkpoint=checkpoint, log=log)
 
 
+def test_sets_are_told_apart_by_their_own_names(tmp_path):
+    """Prepared sets lie in directories of one name."""
+    paths = {name: tmp_path / name / "1.0.0" for name in ("cats", "dogs", "1.0.0")}
+    for name, path in paths.items():
+        record_sets.write(path, record_sets.photograph_records(1), name if name != "1.0.0" else "")
+    sets, weights = stages._sets(",".join(f"{path}={number}" for number, path in enumerate(paths.values())))
+    assert {name: found.directory for name, found in sets.items()} == paths
+    assert weights == {"cats": 0.0, "dogs": 1.0, "1.0.0": 2.0}
+    with pytest.raises(ValueError, match="two sets of records are called 'dogs'.*manifest.json"):
+        stages._sets(f"{paths['dogs']},{paths['dogs']}/")
+
+
 @pytest.fixture(scope="module")
 def stage(directory):
     """Built once, so that its program is compiled once."""
