@@ -9,31 +9,16 @@ import pytest
 from etils import epath
 
 from npedit_jax.training import loop, previews, stages, telemetry, workdirs
+from tests.training import runs
 from tests.training.tiny import autoencoder_config
-
-
-def _rows(workdir) -> list[dict[str, float]]:
-    rows = telemetry.read_metrics(workdir)
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
-
-
-class Interrupted(Exception):
-    """Stands for whatever ends a run between two steps."""
 
 
 def _run(workdir, stop_at: int | None = None):
     config = autoencoder_config()
-    workdirs.open_run(workdir, config)
-
-    def stop(stage, state, frozen, step):
-        if step == stop_at:
-            raise Interrupted
-
+    stage = stages.build(config)
     if stop_at is None:
-        return loop.run(config, stages.build(config), workdir, preview=previews.Previews(config, workdir))
-    with pytest.raises(Interrupted):
-        loop.run(config, stages.build(config), workdir, preview=stop)
-    return None
+        return runs.start(config, stage, workdir, preview=previews.Previews(config, workdir))
+    return runs.break_off(config, stage, workdir, stop_at)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +31,8 @@ def whole(tmp_path_factory):
 def test_files_of_a_run(whole):
     workdir, _ = whole
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
-    assert [row["step"] for row in _rows(workdir)] == [1, 2, 3, 4, 5, 6]
-    assert next(iter(_rows(workdir)[0])) == "step"
+    assert [row["step"] for row in runs.untimed(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert next(iter(runs.untimed(workdir)[0])) == "step"
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == ["4", "6"]
     assert any((workdir / "tensorboard").iterdir())
@@ -64,7 +49,7 @@ def test_hidden_transfer_in_a_step_is_an_error(tmp_path):
 
 
 def test_training_lowers_the_loss(whole):
-    rows = _rows(whole[0])
+    rows = runs.untimed(whole[0])
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -74,7 +59,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
     _run(tmp_path / "run", stop_at=3)
     resumed = _run(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(state))
-    assert _rows(tmp_path / "run") == _rows(workdir)
+    assert runs.untimed(tmp_path / "run") == runs.untimed(workdir)
 
 
 def test_finished_run_has_nothing_left_to_do(whole):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from npedit_jax.data.batches import Reading, TooManyBadRecords
-from npedit_jax.training import loop, stages, steps, telemetry, workdirs
+from npedit_jax.data.batches import TooManyBadRecords
+from npedit_jax.training import stages, steps
 from npedit_jax.training.checkpoint import Checkpoints
 from tests.data import record_sets
+from tests.training import runs
 from tests.training.tiny import LOG
 from tests.training.tiny_networks import warmup_config
 
@@ -60,34 +61,18 @@ def stage(directory):
     return stages.build(config(directory))
 
 
-def run(settings, stage, workdir):
-    workdirs.open_run(workdir, settings)
-    student = stage.networks["student"]
-    params = jax.tree.map(jnp.copy, student.params)  # a run takes the arrays over
-    reading = Reading(**settings.data.reading)
-    networks = stage.networks | {"student": student._replace(params=params)}
-    return loop.run(settings, dataclasses.replace(stage, networks=networks, reading=reading), workdir)
-
-
-def untimed(workdir):
-    return [
-        {name: value for name, value in row.items() if not name.startswith("time/")}
-        for row in telemetry.read_metrics(workdir, up_to=100)
-    ]
-
-
 def test_interrupted_run_repeats_the_uninterrupted_one(directory, stage, tmp_path):
-    whole = run(config(directory), stage, tmp_path / "whole")
+    whole = runs.start(config(directory), stage, tmp_path / "whole")
     short = config(directory)
     short.steps = 3
-    run(short, stage, tmp_path / "parts")
+    runs.start(short, stage, tmp_path / "parts")
     # As if the first start had been stopped and not been asked for three steps.
     (tmp_path / "parts" / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
-    again = run(config(directory, threads=2), stage, tmp_path / "parts")
+    again = runs.start(config(directory, threads=2), stage, tmp_path / "parts")
     for a, b in zip(*map(jax.tree.leaves, (whole.params, again.params)), strict=True):
         np.testing.assert_array_equal(a, b)
-    rows = untimed(tmp_path / "whole")
-    assert rows == untimed(tmp_path / "parts")
+    rows = runs.untimed(tmp_path / "whole")
+    assert rows == runs.untimed(tmp_path / "parts")
     counted = {name: count for name, count in rows[-1].items() if name.startswith("data/")}  # an epoch of 60 records
     assert counted == {"data/bad": 2, "data/bad/unknown": 1, "data/bad/truncated": 1, "data/cut": 0}
 
@@ -96,10 +81,10 @@ def test_too_many_bad_records_end_the_run(directory, stage, tmp_path):
     settings = config(directory, max_bad_share=0.001)  # of a thousand samples at least: the second one is too many
     settings.checkpoint.every = 1
     with pytest.raises(TooManyBadRecords, match="2 of [0-9]+ samples") as error:
-        run(settings, stage, tmp_path / "run")
+        runs.start(settings, stage, tmp_path / "run")
     done = int(re.search(r"of (\d+) samples", str(error.value))[1]) // 10 - 1
     assert done > 0 and Checkpoints(tmp_path / "run", every=1, keep=2, read_only=True).latest() == done
-    assert untimed(tmp_path / "run")[-1]["step"] == done
+    assert runs.untimed(tmp_path / "run")[-1]["step"] == done
 
 
 def test_nothing_is_compiled_after_the_first_step_of_a_bucket(directory, tmp_path):
@@ -119,7 +104,7 @@ def test_nothing_is_compiled_after_the_first_step_of_a_bucket(directory, tmp_pat
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        run(settings, dataclasses.replace(made, step=step), tmp_path / "run")
+        runs.start(settings, dataclasses.replace(made, step=step), tmp_path / "run")
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert set(sizes) == set(record_sets.BUCKETS[:2])
