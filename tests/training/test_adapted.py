@@ -1,4 +1,4 @@
-"""Training with adapters: a run of the warm-up through the loop, and the edit stage's loss at the start."""
+"""Training with adapters: a run of the warm-up through the loop, and the edit stage's updates of two."""
 
 import dataclasses
 import pathlib
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from npedit_jax.models import lora
-from npedit_jax.training import edit_losses, loop, networks, previews, stages, workdirs
+from npedit_jax.training import edit_losses, edit_step, loop, networks, optimizer, previews, stages, state, workdirs
 from npedit_jax.weights import adapters
 from tests.training.tiny_networks import ADAPTED as TARGETS
 from tests.training.tiny_networks import batches, lora_config, parts
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "A" / "transformer"
-SETTINGS = edit_losses.EditSettings(times=(1.0, 0.5), scorer_weight=0.5)
+SETTINGS = edit_losses.EditSettings(times=(1.0, 0.5), scorer_weight=0.5, dmd_normalizer="sample", max_unroll=1)
 
 
 def test_a_run_trains_and_keeps_adapters_only(tmp_path):
@@ -70,25 +70,53 @@ def test_shapes_without_weights_are_those_of_a_run():
         assert all(jax.tree.leaves(same))
 
 
-def test_edit_losses_with_fresh_adapters_are_those_of_the_base():
+def test_updates_of_two_adapters_on_one_base_are_those_of_their_merged_weights():
+    """Two adapters, neither of them zero, one for the student and one for the fake score, and an update of each."""
     modules, params = parts()
-    batch = jax.tree.map(lambda x: x[-1], batches())
-    given = edit_losses.conditions(modules, params, batch)
-    draws = edit_losses.draw(jax.random.key(0), given.reference.shape, SETTINGS, low=0.02, high=0.98)
-    on_base = lora.Adapted("real_score", 2.0)
-    fresh = lora.create(jax.random.key(1), params["real_score"], rank=2, patterns=TARGETS)
+    names, base = ("student", "fake_score"), params["real_score"]
+    fresh = {name: lora.create(jax.random.key(i), base, rank=2, patterns=TARGETS) for i, name in enumerate(names)}
+    trained = {
+        name: jax.tree.map(lambda x, i=i: x + 0.2 * jax.random.normal(jax.random.key(7 + i), x.shape), tree)
+        for i, (name, tree) in enumerate(fresh.items())
+    }
+    frozen = {name: tree for name, tree in params.items() if name not in names}
+    rules = dict.fromkeys(names, optimizer.build("adam", learning_rate=0.1, b1=0.0, b2=0.9))
+    updates = edit_step.Updates(modules, rules, SETTINGS, dict.fromkeys(names, lora.Adapted("real_score", 2.0)))
+    batch = jax.tree.map(lambda x: x[-1], batches()) | {"identity_weight": np.ones(2, np.float32)}
+    rng, two_steps = jax.random.key(0), False
 
     @jax.jit
-    def losses(student, fake):
-        rest = (params, modules, batch, given, draws, jnp.asarray(0), SETTINGS)
-        return edit_losses.student_loss(student, fake, *rest, two_steps=False)
+    def update(state, frozen):
+        state, of_fake = updates.fake_score(state, frozen, batch, rng, two_steps)
+        state, of_student = updates.student(state, frozen, batch, rng, two_steps)
+        return state, of_fake | of_student
 
-    alone = {"params": params["real_score"]}
-    with_adapters = on_base.variables(params, fresh)
-    expected, found = losses(alone, alone), losses(with_adapters, with_adapters)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    moved = on_base.variables(params, jax.tree.map(lambda x: x + 0.1, fresh))
-    assert float(losses(moved, with_adapters)[0]) != float(expected[0])
+    @jax.jit
+    def losses(student, fake, fake_after):
+        given = edit_losses.conditions(modules, frozen, batch)
+        draw = lambda low, high: edit_losses.draw(rng, given.reference.shape, SETTINGS, low=low, high=high)  # noqa: E731
+        student, fake, fake_after = ({"params": tree} for tree in (student, fake, fake_after))
+        rest = (frozen, modules, batch, given, draw(SETTINGS.dmd_low, SETTINGS.dmd_high), jnp.asarray(0), SETTINGS)
+        _, metrics = edit_losses.student_loss(student, fake_after, *rest, two_steps=two_steps)
+        rest = (modules, batch, given, draw(0.0, 1.0))
+        return metrics | {"loss/fake_score": edit_losses.fake_score_loss(fake, student, *rest, two_steps=two_steps)}
+
+    def assert_merged(start):
+        end, found = update(state.create(start, rules, ("student",)), frozen)
+        merge = lambda tree: lora.merge(base, tree, 2.0)  # noqa: E731
+        expected = losses(*(merge(tree) for tree in (*start.values(), end.params["fake_score"])))
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
+        return end, expected
+
+    end, expected = assert_merged(trained)
+    for name in names:
+        moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), end.params[name], trained[name])
+        assert all(jax.tree.leaves(moved))
+    _, swapped = assert_merged(dict(zip(names, reversed(trained.values()), strict=True)))
+    for name in ("loss/dmd", "loss/identity", "loss/fake_score"):
+        assert abs(swapped[name] - expected[name]) > 1e-3 * abs(expected[name]), name
+    assert_merged(fresh)  # whose merged weights are the base's
 
 
 def test_a_base_is_stored_and_computed_in_the_types_of_its_options():
