@@ -21,7 +21,6 @@ from npedit_jax.sampling import decode
 from npedit_jax.training import edit_losses
 from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws, StudentDraws
 from npedit_jax.weights.kinds import kind_module
-from tests.training import tiny_networks
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TIMES = (1.0, 0.9474, 0.8571, 0.6667)
@@ -338,41 +337,6 @@ def test_a_batch_of_four_gives_the_mean_of_its_samples():
     mean = jax.tree.map(lambda *g: sum(g) / 4, *(g for _, (g, _) in runs))
     difference = jax.tree.map(jnp.subtract, gradients, mean)
     assert optax.tree.norm(difference) <= 2e-5 * optax.tree.norm(mean)
-
-
-def test_a_batch_gives_the_mean_of_its_samples_for_both_networks():
-    """One step unrolled; against batches that hold one of the samples twice, with texts of different lengths."""
-    modules, params = tiny_networks.parts()
-    settings = EditSettings(times=TIMES, scorer_weight=0.5, dmd_normalizer="sample")
-    batch = jax.tree.map(lambda x: x[0], tiny_networks.batches())
-    batch |= {"guidance": np.float32([1.5, 4.0]), "identity_weight": np.float32([0.0, 1.0])}
-    lengths = {name: len(set(x.sum(-1).flat)) for name, x in batch.items() if name.endswith("_mask") and len(x) == 2}
-    assert len(lengths) == 3 and min(lengths.values()) > 1
-
-    @jax.jit
-    def gradients(batch, draws, fake_draws):
-        given = edit_losses.conditions(modules, params, batch)
-        student, fake = ({"params": params[name]} for name in ("student", "fake_score"))
-        of_student = lambda student: edit_losses.student_loss(  # noqa: E731
-            student, fake, params, modules, batch, given, draws, jnp.asarray(0), settings, two_steps=False
-        )[0]
-        of_fake = lambda fake: edit_losses.fake_score_loss(  # noqa: E731
-            fake, student, modules, batch, given, fake_draws, two_steps=False
-        )
-        return jax.value_and_grad(of_student)(student), jax.value_and_grad(of_fake)(fake)
-
-    latents = jax.eval_shape(lambda: edit_losses.conditions(modules, params, batch).reference).shape
-    draws = [
-        edit_losses.draw(jax.random.key(seed), latents, settings, low=0.0, high=1.0) for seed in (0, 1)
-    ]  # the scorer's pixels stay without noise: its key is not read
-    draws = [(student, losses._replace(pixel_rng=None)) for student, losses in draws]
-    take = lambda tree, index: jax.tree.map(lambda x: x if len(x) == 1 else x[index], tree)  # noqa: E731
-    both, first, second = (gradients(*take((batch, *draws), np.asarray(index))) for index in ((0, 1), (0, 0), (1, 1)))
-    for found, *alone in zip(both, first, second, strict=True):
-        mean = jax.tree.map(lambda a, b: (a + b) / 2, *alone)
-        assert optax.tree.norm(jax.tree.map(jnp.subtract, *alone)) > 0.1 * optax.tree.norm(mean)
-        np.testing.assert_allclose(found[0], mean[0], rtol=1e-5)
-        assert optax.tree.norm(jax.tree.map(jnp.subtract, found, mean)) <= 2e-5 * optax.tree.norm(mean)
 
 
 def test_a_sample_of_weight_zero_changes_nothing():
