@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from npedit_jax import export
-from npedit_jax.training import loop, stages, state, workdirs
+from npedit_jax.training import loop, stages, state, telemetry, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.faults import RunFault
 from tests.faults import tiny_config
@@ -46,14 +46,16 @@ def test_disk_full_and_then_not(tmp_path):
         # Threads of other libraries complain before and after.
         (message,) = (line for line in first.output().splitlines() if line.startswith("train: "))
         assert "No space left on device" in message
-        whole = saved(workdir)
-        for path in (tmp_path / "disk" / "run" / "samples").iterdir():
-            path.unlink()
-        again = Training(workdir, "--config.checkpoint.keep=100", "--config.steps=2000", "--config.checkpoint.every=40")
-        again.wait_for(lambda: saved(workdir)[-1] > whole[-1] or not again.process.is_alive())
+        whole, before = saved(workdir)[-1], telemetry.read_metrics(workdir)
+        subprocess.run(["mount", "-o", "remount,size=8000k", tmp_path / "disk"], check=True)
+        again = Training(workdir, "--config.checkpoint.keep=100", "--config.steps=2000")
+        again.wait_for(lambda: saved(workdir)[-1] > whole)
         again.process.kill()
         again.process.join()
-    assert whole
+        after = telemetry.read_metrics(workdir)
+    # Wall-clock figures tell a step that was taken again from one that was not.
+    assert after[:whole] == before[:whole]
+    assert after[whole]["step"] == whole + 1 and after[whole] not in before
 
 
 @needs_mount
@@ -171,7 +173,9 @@ def test_checkpoints_deleted_under_a_run_are_begun_anew(tmp_path):
 
     def delete(stage, train_state, frozen, step):
         if step == 3:
+            deadline = time.monotonic() + 60
             while not (workdir / "checkpoints" / "2").exists():
+                assert time.monotonic() < deadline, "the checkpoint of step 2 was not written"
                 time.sleep(0.01)
             shutil.rmtree(workdir / "checkpoints")
 
