@@ -290,12 +290,13 @@ class Records:
             schema, counts = self.manifest["schema"], sum(shard["count"] for shard in self.manifest["shards"])
             with (self.directory / INDEX).open("rb") as file, np.load(file) as arrays:
                 self.index = arrays["rows"]
+            fits = len(self.index) == counts == self.manifest["count"] and self.index.dtype == INDEX_TYPE
         except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             told = f"{type(error).__name__}: {error}"
             raise ValueError(f"{MANIFEST} or {INDEX} in {directory} is damaged ({told}); prepare it anew") from error
         if schema != SCHEMA:
             raise ValueError(f"{directory} has schema {schema}, this reads {SCHEMA}; prepare it anew")
-        if not len(self.index) == counts == self.manifest["count"] or self.index.dtype != INDEX_TYPE:
+        if not fits:
             raise ValueError(f"{directory}: {INDEX} has {len(self.index)} rows for {counts} records; prepare it anew")
         self.shards = Shards(self.directory, self.manifest["shards"])
 

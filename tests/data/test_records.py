@@ -141,6 +141,19 @@ def test_damaged_manifest_or_index_is_told_in_a_line(tmp_path, file, kept):
         records.Records(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["schema", "count", "shards"])
+def test_a_manifest_without_a_field_is_damaged_and_so_is_an_index_without_rows(tmp_path, field):
+    found = records.write(tmp_path, "cats", [record(0)])
+    manifest = {name: value for name, value in found.manifest.items() if name != field}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"is damaged .KeyError: '{field}'"):
+        records.Records(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(found.manifest))
+    np.savez(tmp_path / "index.npz", rows=np.zeros((), records.INDEX_TYPE))
+    with pytest.raises(ValueError, match="is damaged .TypeError"):
+        records.Records(tmp_path)
+
+
 def test_reading_needs_neither_tensorflow_nor_beam():
     program = (
         "import sys; import npedit_jax.data.records, npedit_jax.data.images; "
