@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npedit_jax.data import records
+from npedit_jax.data import records, select
 from npedit_jax.data.records import Record
+from tests.data import bucket
 
 
 def record(number: int, **changes) -> Record:
@@ -83,9 +84,22 @@ def test_directory_of_records(tmp_path):
 def test_a_shard_is_written_over_that_of_a_run_which_was_stopped(tmp_path):
     path = tmp_path / records.shard_name("cats", 0, 1)
     path.write_bytes(b"an old shard")
-    assert records.write_shard(path, [record(0)]) == records.write_shard(path, [record(1)]) == 1
+    for number in range(2):
+        records.write_shard(path, [record(number)])
     shards = records.Shards(tmp_path, [{"file": path.name, "count": 1}])
-    assert shards[0] == record(1) and list(tmp_path.iterdir()) == [path]
+    assert shards[0] == record(1) and not list(tmp_path.glob("incomplete*"))
+
+
+def test_records_are_written_to_a_bucket_and_selected_there(tmp_path, monkeypatch):
+    bucket.stand_in(monkeypatch, tmp_path)
+    written = [record(0), record(1, width=255)]
+    with pytest.raises(ValueError, match="mount the bucket of gs://bucket/cats"):
+        records.write("gs://bucket/cats", "cats", written, per_shard=1)[0]
+    assert select.apply("gs://bucket/cats", select.Filters())["small_image"] == 1
+    mounted = records.Records(tmp_path / "bucket" / "cats")
+    assert [mounted[0], mounted[1]] == written and mounted.kept().tolist() == [0] and not mounted.shards.damaged()
+    names = {path.name for path in mounted.directory.iterdir()}
+    assert names == {"manifest.json", "index.npz", *(shard["file"] for shard in mounted.manifest["shards"])}
 
 
 def test_content_hash_tells_duplicates(tmp_path):
