@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -166,6 +167,11 @@ def test_a_manifest_without_a_field_is_damaged_and_so_is_an_index_without_rows(t
     np.savez(tmp_path / "index.npz", rows=np.zeros((), records.INDEX_TYPE))
     with pytest.raises(ValueError, match="is damaged .TypeError"):
         records.Records(tmp_path)
+
+
+def test_the_page_tells_the_size_of_the_index():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    assert f"`index.npz`: {records.INDEX_TYPE.itemsize} bytes per record" in page.read_text()
 
 
 def test_reading_needs_neither_tensorflow_nor_beam():
