@@ -19,6 +19,7 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax import export, parallel, pictures, sampling
+from npedit_jax.data import buckets as buckets_lib
 from npedit_jax.data import questions
 from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.pixels import to_uint8
@@ -112,7 +113,8 @@ class Editor:
     def size(self, width: int, height: int) -> pictures.Size:
         """The size (width, height) at which a picture of that size is edited."""
         if self._buckets and self._fit == "bucket":
-            return pictures.nearest_bucket((width, height), self._buckets)
+            (chosen,) = buckets_lib.choose([height], [width], self._buckets)
+            return tuple(self._buckets[chosen])[::-1]
         multiple, largest = self._limits()
         area = max((rows * columns for rows, columns in self._buckets), default=None)
         return pictures.nearest_multiple((width, height), multiple, largest, area)

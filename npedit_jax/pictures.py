@@ -3,9 +3,8 @@
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 from etils import epath
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -13,7 +12,6 @@ from npedit_jax.data import images
 
 # What people have beside the formats of records. Pillow reads others by running programs, such as EPS by Ghostscript.
 FORMATS = (*images.FORMATS, "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 64 * 2**20  # of a file: 8192 x 8192. A small file can claim to be any size.
 Size = tuple[int, int]  # (width, height), as PIL has it
 
 
@@ -29,18 +27,18 @@ def decode(data: bytes, name: str = "the image") -> Image.Image:
     """The picture that a file holds, upright, in RGB.
 
     Raises:
-      ValueError: no picture of FORMATS, a damaged one, or more than MAX_PIXELS; `name` begins the message.
+      ValueError: no picture of FORMATS, a damaged one, or more than `images.MAX_PIXELS`; `name` begins the message.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if math.prod(image.size) > MAX_PIXELS:  # Pillow's own limit is higher
+        if math.prod(image.size) > images.MAX_PIXELS:  # Pillow's own limit is higher
             raise Image.DecompressionBombError(f"{image.width}x{image.height}")
         with image:
             return upright(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has more than {MAX_PIXELS} pixels; scale it down ({error})") from error
+        raise ValueError(f"{name} has more than {images.MAX_PIXELS} pixels; scale it down ({error})") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name} does not decode: it is of no known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # the decoders raise whatever they stumble over: SyntaxError, struct.error, ...
@@ -50,21 +48,12 @@ def decode(data: bytes, name: str = "the image") -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """The picture in RGB, turned as its EXIF orientation says; 16 bits become 8, what is see-through lies on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        return images.eight_bit_grey(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def nearest_bucket(size: Size, buckets: Sequence[Sequence[int]]) -> Size:
-    """The bucket, given as (height, width), whose shape is most like the picture's; of several the largest."""
-
-    def distance(bucket: Size) -> tuple[float, int]:
-        return abs(math.log(bucket[0] / bucket[1] * size[1] / size[0])), -math.prod(bucket)
-
-    return min(((width, height) for height, width in buckets), key=distance)
 
 
 def nearest_multiple(size: Size, multiple: int, largest: Size, area: int | None = None) -> Size:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
-MAX_PIXELS = 80_000_000  # a picture of more is taken for a decompression bomb; Pillow itself warns at 89 million
+MAX_PIXELS = 64 * 2**20  # 8192 x 8192; a picture of more is taken for a decompression bomb, earlier than Pillow does
 MAX_BYTES = 64 * 2**20
 _BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
@@ -137,11 +137,15 @@ def _fit(image: Image.Image, target: Size) -> Image.Image:
     return _to_rgb(image)
 
 
+def eight_bit_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, a mode that begins with I, rounded to 8: Pillow would clip it at 255."""
+    return Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pixels that can be resized: no palette, 8 bits a channel; loads the picture."""
-    if image.mode.startswith("I"):
-        # 16-bit grey is the one deep mode these formats have; Pillow itself rounds 16-bit colour.
-        return Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # the one deep mode that these formats have; 16-bit colour comes rounded from Pillow
+        return eight_bit_grey(image)
     transparent = "transparency" in image.info
     if image.mode in ("P", "PA", "LA", "La", "RGBa") or (transparent and image.mode in ("1", "L", "RGB")):
         return image.convert("RGBA" if transparent or "a" in image.mode.lower() else "RGB")

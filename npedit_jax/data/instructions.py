@@ -32,16 +32,7 @@ from etils import epath
 from PIL import Image
 
 from npedit_jax.data import completions, images, select
-from npedit_jax.data.records import (
-    KEPT,
-    MANIFEST,
-    Record,
-    RecordError,
-    Records,
-    describe_shard,
-    write_manifest,
-    write_shard,
-)
+from npedit_jax.data.records import KEPT, MANIFEST, Record, RecordError, Records, write_manifest, write_shard
 
 try:
     import openai
@@ -212,7 +203,6 @@ def run(
     for shard in found.manifest["shards"]:
         numbers = range(first, first + shard["count"])
         write_shard(output / shard["file"], _filled(found, numbers, answers))
-        describe_shard(output / shard["file"])
         first += shard["count"]
     filters = select.Filters(**found.manifest.get("filters", {}))
     save = functools.partial(select.save, filters=filters)

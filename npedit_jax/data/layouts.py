@@ -330,7 +330,7 @@ def _expand(pattern: str) -> list[epath.Path]:
             raise FileNotFoundError(f"no file or directory at {pattern}")
         return [path]
     fixed = next(parent for parent in path.parents if "*" not in str(parent))
-    found = sorted(fixed.glob(str(path)[len(str(fixed)) :].lstrip("/")))
+    found = sorted(fixed.glob(str(path.relative_to(fixed))))
     if not found:
         raise FileNotFoundError(f"nothing matches {pattern}")
     return found

@@ -6,7 +6,8 @@
 A TensorFlow Datasets builder, so the result is a data set of its own: records/NAME/1.0.0 has dataset_info.json,
 features.json and ArrayRecord shards, beside our manifest and index. The input is cut into spans of items; each span
 becomes one shard, written record by record by one worker. Nothing is shuffled: the shards are read at random anyway. So
-memory does not grow with the input, on the local runner as on Dataflow, Flink or Spark.
+memory does not grow with the input, on the local runner as on Dataflow, Flink or Spark. Workers on other machines read
+the input and write the output where the paths say: on a bucket, or on a disk that all of them have mounted.
 
 Needs the extra `prepare`; training does not.
 """
@@ -122,7 +123,6 @@ def write_span(layout: layouts.Layout, name: str, directory: str, shard: str, sp
                 log.write(json.dumps({"place": place, "reason": error.reason, "message": str(error)[:300]}) + "\n")
 
         records.write_shard(path, kept())
-    records.describe_shard(path)
 
 
 def _gather_rejected(directory: epath.Path, shards: Sequence[str]) -> dict[str, int]:

@@ -11,8 +11,11 @@ needed here. Nothing that leaves a record out rewrites a shard: the index says w
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -114,38 +117,31 @@ def decode(data: bytes) -> Record:
         raise RecordError("schema", f"{len(data)} bytes are no record: {error}") from error
 
 
-def write_shard(path: epath.PathLike, records: Iterable[Record]) -> int:
-    """Writes one shard, in the place of an old one where there is one; returns the number of records."""
-    with _whole(epath.Path(path)) as partial:
-        writer, count = array_record_module.ArrayRecordWriter(str(partial), _OPTIONS), 0
+def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
+    """Writes one shard, over an old one, and PATH.json (checksum, sizes) and PATH.npz (index rows) beside it.
+
+    They are for `write_manifest`. Holds the rows and one record.
+    """
+    path, rows = epath.Path(path), []
+    names: dict[str, int] = {}
+    with _local(path) as local:
+        writer = array_record_module.ArrayRecordWriter(str(local), _OPTIONS)
         try:
-            for count, record in enumerate(records, start=1):  # noqa: B007
+            for record in records:
                 writer.write(encode(record))
+                rows.append(_row(record, names.setdefault(record.edit_type, len(names))))
         finally:
             writer.close()
-    return count
+        checksum, size = _checksum(local)
+    with _beside(path, ".npz").open("wb") as file:
+        np.savez(file, rows=np.array(rows, INDEX_TYPE), edit_types=np.array(list(names), dtype=str))
+    entry = {"file": path.name, "count": len(rows), "bytes": size, "sha256": checksum}
+    _beside(path, ".json").write_text(json.dumps(entry))
 
 
 def shard_name(name: str, number: int, shards: int) -> str:
     """The file name of a shard, as TensorFlow Datasets names them."""
     return f"{name}-train.array_record-{number:05d}-of-{shards:05d}"
-
-
-def describe_shard(path: epath.PathLike) -> None:
-    """Writes PATH.json (checksum, sizes) and PATH.npz (index rows) for `write_manifest`; one record in memory."""
-    path = epath.Path(path)
-    checksum, size = _checksum(path)
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
-    names: dict[str, int] = {}
-    rows = np.zeros(reader.num_records(), INDEX_TYPE)
-    for number in range(len(rows)):
-        record = decode(reader.read([number])[0])
-        rows[number] = _row(record, names.setdefault(record.edit_type, len(names)))
-    reader.close()
-    with _beside(path, ".npz").open("wb") as file:
-        np.savez(file, rows=rows, edit_types=np.array(list(names), dtype=str))
-    entry = {"file": path.name, "count": len(rows), "bytes": size, "sha256": checksum}
-    _beside(path, ".json").write_text(json.dumps(entry))
 
 
 def save_index(
@@ -171,7 +167,7 @@ def write_manifest(
     save: Callable[[epath.Path, Mapping[str, Any], np.ndarray], None] = save_index,
     **facts: Any,
 ) -> None:
-    """Puts what `describe_shard` wrote about each shard together as manifest and index.
+    """Puts what `write_shard` wrote about each shard together as manifest and index.
 
     Args:
       shards: names of the shards, in order.
@@ -211,7 +207,6 @@ def write(directory: epath.PathLike, name: str, records: Iterable[Record], *, pe
     for number in range(shards):
         pending.append(shard_name(name, number, shards))
         write_shard(directory / pending[-1], records[number * per_shard : (number + 1) * per_shard])
-        describe_shard(directory / pending[-1])
     write_manifest(directory, pending, name=name)
     return Records(directory)
 
@@ -270,7 +265,6 @@ class Records:
       directory: where they are.
       manifest: what manifest.json holds.
       index: structured array of INDEX_TYPE, a row for every record, those left out too.
-      shards: what reads them.
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -290,14 +284,19 @@ class Records:
             schema, counts = self.manifest["schema"], sum(shard["count"] for shard in self.manifest["shards"])
             with (self.directory / INDEX).open("rb") as file, np.load(file) as arrays:
                 self.index = arrays["rows"]
+            fits = len(self.index) == counts == self.manifest["count"] and self.index.dtype == INDEX_TYPE
         except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             told = f"{type(error).__name__}: {error}"
             raise ValueError(f"{MANIFEST} or {INDEX} in {directory} is damaged ({told}); prepare it anew") from error
         if schema != SCHEMA:
             raise ValueError(f"{directory} has schema {schema}, this reads {SCHEMA}; prepare it anew")
-        if not len(self.index) == counts == self.manifest["count"] or self.index.dtype != INDEX_TYPE:
+        if not fits:
             raise ValueError(f"{directory}: {INDEX} has {len(self.index)} rows for {counts} records; prepare it anew")
-        self.shards = Shards(self.directory, self.manifest["shards"])
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        """What reads the records; raises ValueError where they lie at an address. Index and manifest may."""
+        return Shards(self.directory, self.manifest["shards"])
 
     @property
     def edit_types(self) -> list[str]:
@@ -339,6 +338,19 @@ def _whole(path: epath.Path) -> Iterator[epath.Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[epath.Path]:
+    """A file to write by its path, as ArrayRecord does; when it is done, `path` is a copy of it, or is it."""
+    if "://" not in str(path):
+        with _whole(path) as partial:
+            yield partial
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield (local := epath.Path(folder) / path.name)
+        with local.open("rb") as source, path.open("wb") as copy:
+            shutil.copyfileobj(source, copy, _BLOCK)
 
 
 def _beside(path: epath.Path, suffix: str) -> epath.Path:

@@ -98,7 +98,7 @@ def gedit(directory: epath.PathLike, languages: Sequence[str] = LANGUAGES) -> li
     Keys are `fullset/<task_type>/<language>/<key>`, the layout that its public scorer reads.
 
     Raises:
-      ValueError: no parquet files there, columns missing, or unknown languages.
+      ValueError: no parquet files there, columns missing, a row that is no case, or unknown languages.
     """
     import pyarrow.parquet as parquet
 
@@ -118,21 +118,29 @@ def gedit(directory: epath.PathLike, languages: Sequence[str] = LANGUAGES) -> li
         missing = [name for name in columns if name not in table.schema_arrow.names]
         if missing or image is None:
             raise ValueError(f"{file} lacks the columns {missing or 'input_image_raw'}; is it GEdit-Bench?")
-        images = _ImageColumn(table, image)
+        images = _ImageColumn(table, image, str(file))
         for number, row in enumerate(table.read(columns).to_pylist()):
             if row["instruction_language"] in languages:
-                parts = [row["task_type"], row["instruction_language"], row["key"]]
-                key = "/".join(["fullset", *map(_component, parts)])
-                read = functools.partial(images.read, number)
-                cases.append(Case(key, row["task_type"], row["instruction"], read, part=row["instruction_language"]))
+                try:
+                    cases.append(_gedit_case(row, functools.partial(images.read, number)))
+                except ValueError as error:
+                    raise ValueError(f"{file} row {number}: {error}") from error
     return cases
+
+
+def _gedit_case(row: Mapping[str, Any], read: Callable[[], Image.Image]) -> Case:
+    if wrong := [name for name, value in row.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong} are no texts")
+    task, language = row["task_type"], row["instruction_language"]
+    key = "/".join(["fullset", *map(_component, (task, language, row["key"]))])
+    return Case(key, task, row["instruction"], read, part=language)
 
 
 class _ImageColumn:
     """Pictures of a parquet file by row number; one row group is kept in memory."""
 
-    def __init__(self, table: Any, column: str):
-        self._table, self._column = table, column
+    def __init__(self, table: Any, column: str, name: str):
+        self._table, self._column, self._name = table, column, name
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         self._places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
         self._group = functools.lru_cache(maxsize=1)(lambda group: table.read_row_group(group, [column]).column(0))
@@ -140,7 +148,11 @@ class _ImageColumn:
     def read(self, number: int) -> Image.Image:
         group, row = self._places[number]
         value = self._group(group)[row].as_py()
-        return pictures.decode(value["bytes"], f"picture {number} of {self._column}")
+        data = value.get("bytes") if isinstance(value, Mapping) else value
+        name = f"{self._column} of {self._name} row {number}"
+        if not isinstance(data, bytes):
+            raise ValueError(f"{name} holds no picture")
+        return pictures.decode(data, name)
 
 
 def dreambooth(directory: epath.PathLike) -> list[Case]:

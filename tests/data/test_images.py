@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from npedit_jax import pictures
 from npedit_jax.data import buckets, images
 from tests.data.photographs import PHOTOGRAPHS, picture, psnr, read, save
 
@@ -94,6 +95,17 @@ def test_sixteen_bit_grey_and_colour():
     np.testing.assert_array_equal(images.decode(_png16(color.astype(np.uint16) * 257), (64, 64)), color)
 
 
+def test_users_pictures_are_rounded_and_limited_as_those_of_records_are():
+    every = save(Image.fromarray(np.arange(2**16, dtype=np.uint16).reshape(256, 256)), "PNG")
+    grey = images.decode(every, (256, 256))
+    assert (grey[0, :129] == 0).all() and (grey[0, 129:] == 1).all()  # to the nearest: 65535 is 255
+    np.testing.assert_array_equal(np.asarray(pictures.decode(every)), grey)
+    assert images.read_size(_claiming(8192, 8192)) == (8192, 8192)
+    for decode in (images.read_size, pictures.decode):
+        with pytest.raises(ValueError, match="67108864"):
+            decode(_claiming(8192, 8193))
+
+
 def _png16(pixels: np.ndarray) -> bytes:
     """A PNG file of 16-bit colour, which Pillow does not write."""
 
@@ -140,10 +152,10 @@ def test_transparency_shows_white_and_palettes_their_colours(mode):
         np.testing.assert_array_equal(pixels[32:, :, 0], np.asarray(photograph.convert("L"))[32:])
 
 
-def _bomb() -> bytes:
-    """A PNG header that announces 100,000 x 100,000 pixels."""
+def _claiming(width: int, height: int) -> bytes:
+    """A PNG file whose header announces so many pixels."""
     small = _png16(np.zeros((1, 1, 3), np.uint16))
-    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
 
 
@@ -157,7 +169,7 @@ def _bomb() -> bytes:
         (read("china")[:-40_000], "truncated"),
         (read("chelsea")[:50_000], "truncated"),
         (read("china")[:400], "broken|truncated"),
-        (_bomb(), "bomb"),
+        (_claiming(100_000, 100_000), "bomb"),
         (save(Image.new("L", (10_000, 8_100)), "PNG"), "bomb"),
         (read("chelsea")[:30_000] + b"\xff" * 2000 + read("chelsea")[32_000:], "broken"),
     ],

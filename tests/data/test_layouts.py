@@ -204,6 +204,21 @@ def test_every_public_name_maps_to_a_type_of_ours():
     assert edit_types.plain("Shape-Change ") == "shape_change"
 
 
+def test_patterns_may_be_relative(tmp_path, monkeypatch):
+    (tmp_path / "part-0").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.json", "part-0/a.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for pattern, found in {
+        "*.jsonl": ("a.jsonl", "b.jsonl"),
+        "./a*": ("a.jsonl",),
+        "part-*/a.jsonl": ("part-0/a.jsonl",),
+        "part-0/*": ("part-0/a.jsonl",),
+        f"{tmp_path}/*/*.jsonl": (f"{tmp_path}/part-0/a.jsonl",),
+    }.items():
+        assert layouts.layout("folder", [pattern]).paths == found
+
+
 def test_unknown_layouts_and_paths(tmp_path):
     with pytest.raises(ValueError, match="unknown layout 'zip'"):
         layouts.layout("zip", ["x"])

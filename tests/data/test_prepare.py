@@ -10,6 +10,7 @@ pytest.importorskip("apache_beam")
 pytest.importorskip("tensorflow_datasets")
 
 from npedit_jax.data import layouts, prepare, records, select
+from tests.data import bucket
 from tests.data.photographs import PHOTOGRAPHS, read
 
 
@@ -74,6 +75,18 @@ def test_a_span_may_be_written_again(edits):
         prepare.write_span(layout, "tiny", str(edits), "shard", span)
         whole[attempt] = {path.name: path.read_bytes() for path in edits.glob("*shard*")}
     assert whole[0] == whole[1] and set(whole[0]) == {"shard", "shard.json", "shard.npz", "shard.rejected.jsonl"}
+
+
+def test_a_bucket_gets_the_same_records(edits, tmp_path, monkeypatch):
+    bucket.stand_in(monkeypatch, tmp_path)
+    layout = layouts.layout("release", [str(edits / "merged_edit_data.json")], str(edits / "images"))
+    with pytest.raises(ValueError, match="mount the bucket"):  # they are read by path
+        prepare.prepare(layout, "tiny", "gs://bucket/out", per_shard=6, max_rejected_share=0.1).shards  # noqa: B018
+    here, there = prepared(edits).directory, tmp_path / "bucket" / "out" / "edits" / "tiny" / "1.0.0"
+    files = {path.name: path.read_bytes() for path in here.iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == files and records.Records(there)[
+        0
+    ].id == "item-0"
 
 
 def test_tensorflow_datasets_reads_the_result(edits):

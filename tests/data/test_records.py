@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npedit_jax.data import records
+from npedit_jax.data import records, select
 from npedit_jax.data.records import Record
+from tests.data import bucket
 
 
 def record(number: int, **changes) -> Record:
@@ -83,9 +85,22 @@ def test_directory_of_records(tmp_path):
 def test_a_shard_is_written_over_that_of_a_run_which_was_stopped(tmp_path):
     path = tmp_path / records.shard_name("cats", 0, 1)
     path.write_bytes(b"an old shard")
-    assert records.write_shard(path, [record(0)]) == records.write_shard(path, [record(1)]) == 1
+    for number in range(2):
+        records.write_shard(path, [record(number)])
     shards = records.Shards(tmp_path, [{"file": path.name, "count": 1}])
-    assert shards[0] == record(1) and list(tmp_path.iterdir()) == [path]
+    assert shards[0] == record(1) and not list(tmp_path.glob("incomplete*"))
+
+
+def test_records_are_written_to_a_bucket_and_selected_there(tmp_path, monkeypatch):
+    bucket.stand_in(monkeypatch, tmp_path)
+    written = [record(0), record(1, width=255)]
+    with pytest.raises(ValueError, match="mount the bucket of gs://bucket/cats"):
+        records.write("gs://bucket/cats", "cats", written, per_shard=1)[0]
+    assert select.apply("gs://bucket/cats", select.Filters())["small_image"] == 1
+    mounted = records.Records(tmp_path / "bucket" / "cats")
+    assert [mounted[0], mounted[1]] == written and mounted.kept().tolist() == [0] and not mounted.shards.damaged()
+    names = {path.name for path in mounted.directory.iterdir()}
+    assert names == {"manifest.json", "index.npz", *(shard["file"] for shard in mounted.manifest["shards"])}
 
 
 def test_content_hash_tells_duplicates(tmp_path):
@@ -139,6 +154,24 @@ def test_damaged_manifest_or_index_is_told_in_a_line(tmp_path, file, kept):
     (tmp_path / file).write_bytes(b"[1, 2]")
     with pytest.raises(ValueError, match="is damaged"):
         records.Records(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["schema", "count", "shards"])
+def test_a_manifest_without_a_field_is_damaged_and_so_is_an_index_without_rows(tmp_path, field):
+    found = records.write(tmp_path, "cats", [record(0)])
+    manifest = {name: value for name, value in found.manifest.items() if name != field}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"is damaged .KeyError: '{field}'"):
+        records.Records(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(found.manifest))
+    np.savez(tmp_path / "index.npz", rows=np.zeros((), records.INDEX_TYPE))
+    with pytest.raises(ValueError, match="is damaged .TypeError"):
+        records.Records(tmp_path)
+
+
+def test_the_page_tells_the_size_of_the_index():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    assert f"`index.npz`: {records.INDEX_TYPE.itemsize} bytes per record" in page.read_text()
 
 
 def test_reading_needs_neither_tensorflow_nor_beam():

@@ -86,6 +86,21 @@ def test_gedit_files_that_do_not_fit_are_told(tmp_path):
         cases.gedit(tmp_path)
 
 
+def test_rows_of_gedit_that_are_no_cases_are_numbered(tmp_path):
+    write_gedit(tmp_path, count=1, files=1)
+    (file,) = tmp_path.rglob("*.parquet")
+    first = parquet.read_table(file).to_pylist()[0]
+    for column, value in {"key": None, "task_type": 7, "instruction": None}.items():
+        parquet.write_table(pyarrow.Table.from_pylist([first | {column: value}]), file)
+        with pytest.raises(ValueError, match=rf"of-00001.parquet row 0: \['{column}'\] are no texts"):
+            cases.gedit(tmp_path)
+    for value in (None, {"bytes": None, "path": "a.png"}, "a.png"):
+        parquet.write_table(pyarrow.Table.from_pylist([first | {"input_image_raw": value}]), file)
+        (case,) = cases.gedit(tmp_path)
+        with pytest.raises(ValueError, match="input_image_raw of .*of-00001.parquet row 0 holds no picture"):
+            case.read()
+
+
 def write_dreambooth(directory) -> None:
     """Two subjects, one of them alive, in the form of prompts_and_classes.txt."""
     prompts = "'a {{0}} {{1}} {0}'.format(unique_token, class_token)"

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from npedit_jax import Editor, export
+from npedit_jax import Editor, export, pictures
 from npedit_jax.pytorch import edit
 from npedit_jax.training import networks
 from tests.tiny_editor import TEXT_ENCODER, write_run
@@ -116,6 +116,11 @@ def words(tmp_path_factory):
     (root / "broken.png").write_bytes((root / "good.png").read_bytes()[:60])
     np.save(root / "noise.npy", np.zeros((4, 3, 3, 4), np.float32))
     return root
+
+
+def test_deep_grey_is_rounded_as_in_the_jax_editor():
+    deep = Image.fromarray(np.arange(2**16, dtype=np.uint16).reshape(256, 256))
+    np.testing.assert_array_equal(np.asarray(edit._upright(deep)), np.asarray(pictures.upright(deep)))
 
 
 # Runs the file as a user's copy, where JAX and this package cannot be imported.
