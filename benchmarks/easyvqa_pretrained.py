@@ -16,12 +16,11 @@ import numpy as np
 import tqdm
 
 from npedit_jax import export, sampling
-from npedit_jax.data import easyvqa, questions, scorer_pairs
+from npedit_jax.data import easyvqa, easyvqa_reading, questions, scorer_pairs
 from npedit_jax.data.batches import QuestionCache
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.editor import Editor
 from npedit_jax.evaluation import easyvqa as benchmark
-from npedit_jax.evaluation import easyvqa_judge
 from npedit_jax.pixels import to_pixels, to_uint8
 from npedit_jax.training import networks
 
@@ -67,7 +66,7 @@ def autoencoder_figures(run: str | None, images: int) -> Figures:
     round_trip = jax.jit(lambda x: to_uint8(module.apply({"params": params}, to_pixels(x))))
     decoded = in_batches(round_trip, data.images, label="round trips")
     yield "round trip: mean absolute error, 0 to 255", np.abs(decoded.astype(float) - data.images).mean()
-    right = np.array([easyvqa_judge.read(image).shape for image in decoded]) == np.array(data.shapes)
+    right = np.array([easyvqa_reading.read(image).shape for image in decoded]) == np.array(data.shapes)
     yield "round trip read as what the image shows, %", 100 * right.mean()
 
 
@@ -93,7 +92,7 @@ def base_figures(run: str | None, images: int, *, steps: int = 20, time_shift: f
         pictures = in_batches(
             program, tokens.ids, tokens.mask, np.arange(images, dtype=np.uint32), scales, label="base"
         )
-        readings = [easyvqa_judge.read(picture) for picture in pictures]
+        readings = [easyvqa_reading.read(picture) for picture in pictures]
         for part in ("color", "kind", "shape"):
             right = [
                 getattr(x, part) == (s if part == "shape" else getattr(s, part))

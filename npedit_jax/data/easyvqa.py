@@ -9,12 +9,14 @@ import dataclasses
 import functools
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import easy_vqa
 import numpy as np
 from etils import epath
 from PIL import Image
+
+from npedit_jax.data import edit_types
 
 CLASSES = ("circle", "rectangle", "triangle")
 # The package draws with these named colours; RGB, 0 to 255.
@@ -43,7 +45,7 @@ _INSTRUCTIONS = {
     "recolor": ("make {noun} {new}", "change the color of {noun} to {new}", "paint {noun} {new}"),
     "remove": ("remove {noun}", "delete {noun}", "take {noun} away"),
     "replace": ("replace {noun} with a {new}", "turn {noun} into a {new}", "change {noun} to a {new}"),
-    "nothing": ("do nothing.", "change nothing.", "keep the image as it is."),
+    "nothing": edit_types.DO_NOTHING,
 }
 
 
@@ -131,7 +133,7 @@ def caption(shape: Shape | None, rng: np.random.Generator | None = None) -> str:
     """A caption of an image that shows `shape`, or of the bare ground; the canonical one without an rng."""
     if shape is None:
         return _GROUND_CAPTION
-    return _choose(_SHAPE_CAPTIONS, rng).format(color=shape.color, kind=shape.kind)
+    return pick(_SHAPE_CAPTIONS, rng).format(color=shape.color, kind=shape.kind)
 
 
 def instruction(rng: np.random.Generator | None, edit_type: str, source: Shape, target: Shape | None) -> str:
@@ -151,16 +153,16 @@ def instruction(rng: np.random.Generator | None, edit_type: str, source: Shape, 
     if not expected[edit_type]:
         raise ValueError(f"edit type {edit_type!r} does not lead from {source} to {target}")
     new = {"recolor": target and target.color, "replace": target and target.kind}.get(edit_type)
-    noun = _choose(_NOUNS, rng).format(color=source.color, kind=source.kind)
-    return _choose(_INSTRUCTIONS[edit_type], rng).format(noun=noun, new=new)
+    noun = pick(_NOUNS, rng).format(color=source.color, kind=source.kind)
+    return pick(_INSTRUCTIONS[edit_type], rng).format(noun=noun, new=new)
 
 
 def draw_edit(rng: np.random.Generator, source: Shape, edit_type: str) -> Edit:
     """Draws the new colour or class, different from the old one, and the wording of the instruction."""
     if edit_type == "recolor":
-        target = Shape(_choose([color for color in COLORS if color != source.color], rng), source.kind)
+        target = Shape(pick([color for color in COLORS if color != source.color], rng), source.kind)
     elif edit_type == "replace":
-        target = Shape(source.color, _choose([kind for kind in CLASSES if kind != source.kind], rng))
+        target = Shape(source.color, pick([kind for kind in CLASSES if kind != source.kind], rng))
     else:
         target = None if edit_type == "remove" else source
     return Edit(edit_type, instruction(rng, edit_type, source, target), source, target)
@@ -169,12 +171,12 @@ def draw_edit(rng: np.random.Generator, source: Shape, edit_type: str) -> Edit:
 def instruction_towards(target: Shape | None, rng: np.random.Generator) -> str:
     """An instruction that would lead to an image of `target` (None: the bare ground) from one of another shape."""
     others = {
-        "recolor": lambda: Shape(_choose([color for color in COLORS if color != target.color], rng), target.kind),
-        "replace": lambda: Shape(target.color, _choose([kind for kind in CLASSES if kind != target.kind], rng)),
-        "remove": lambda: Shape(_choose(COLORS, rng), _choose(CLASSES, rng)),
+        "recolor": lambda: Shape(pick([color for color in COLORS if color != target.color], rng), target.kind),
+        "replace": lambda: Shape(target.color, pick([kind for kind in CLASSES if kind != target.kind], rng)),
+        "remove": lambda: Shape(pick(COLORS, rng), pick(CLASSES, rng)),
         "nothing": lambda: target,
     }
-    edit_type = "remove" if target is None else _choose(("recolor", "recolor", "replace", "replace", "nothing"), rng)
+    edit_type = "remove" if target is None else pick(("recolor", "recolor", "replace", "replace", "nothing"), rng)
     return instruction(rng, edit_type, others[edit_type](), target)
 
 
@@ -191,7 +193,8 @@ def texts() -> Iterator[str]:
                 yield wording.format(noun=noun.format(color=shape.color, kind=shape.kind), new=new)
 
 
-def _choose(options, rng: np.random.Generator | None) -> str:
+def pick(options: Sequence[str], rng: np.random.Generator | None = None) -> str:
+    """One of the options, all alike; the first without an rng."""
     return options[0 if rng is None else int(rng.integers(len(options)))]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from npedit_jax.data.easyvqa import EDIT_TYPES, PALETTE, Edit
-from npedit_jax.evaluation.easyvqa_judge import Reading, read
+from npedit_jax.data.easyvqa_reading import Reading, read
 
 Box = tuple[float, float, float, float]
 
@@ -73,10 +73,6 @@ class Scene:
         y, x, h, w = (top + bottom) / 2, (left + right) / 2, scale * (bottom - top) / 2, scale * (right - left) / 2
         return self.drawn(self.kind, fit((y - h, x - w, y + h, x + w), self.alpha.shape))
 
-    def on(self, ground: np.ndarray) -> "Scene":
-        """The shape on a ground of another colour [3]."""
-        return dataclasses.replace(self, ground=np.asarray(ground, np.float32))
-
 
 def take_apart(image: np.ndarray, reading: Reading | None = None) -> Scene:
     """Takes an easy-VQA image apart; `render` of the result gives it back to within 2 of 255.
@@ -124,21 +120,6 @@ def remove(image: np.ndarray) -> np.ndarray:
 def replace(image: np.ndarray, kind: str) -> np.ndarray:
     """The image with another kind of shape of the same colour, centre and size."""
     return take_apart(image).replaced(kind).render()
-
-
-def move(image: np.ndarray, down: float, right: float) -> np.ndarray:
-    """The image with its shape moved by some pixels, stopped at the border."""
-    return take_apart(image).moved(down, right).render()
-
-
-def resize(image: np.ndarray, scale: float) -> np.ndarray:
-    """The image with its shape grown or shrunk by a factor, stopped at the border."""
-    return take_apart(image).resized(scale).render()
-
-
-def change_ground(image: np.ndarray, rgb: np.ndarray) -> np.ndarray:
-    """The image with its shape on a ground of another colour, RGB 0 to 255."""
-    return take_apart(image).on(rgb).render()
 
 
 def draw(kind: str, color: str, ground: np.ndarray, box: Box, size: tuple[int, int] = (64, 64)) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The embedded data set as a source of samples: edits are drawn for its images, and pictures redrawn."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class EasyVQASource:
         """An image of the data, or another shape on its ground."""
         image, shape = self.data.images[number], self.data.shapes[number]
         if rng.random() < redraw:
-            shape = easyvqa.Shape(_pick(easyvqa.COLORS, rng), _pick(easyvqa.CLASSES, rng))
+            shape = easyvqa.Shape(easyvqa.pick(easyvqa.COLORS, rng), easyvqa.pick(easyvqa.CLASSES, rng))
             image = _redraw(self.data.grounds[number], shape, image.shape[:2], rng)
         return (image[:, ::-1] if rng.random() < flip else image), shape
 
@@ -107,10 +107,4 @@ def _redraw(ground: np.ndarray, shape: easyvqa.Shape, size: tuple[int, int], rng
     height = {"circle": width, "rectangle": other, "triangle": triangle}[shape.kind]
     top, left = rng.integers(0, (2 * size[0] - height, 2 * size[1] - width), endpoint=True).tolist()
     box = (top / 2, left / 2, (top + height) / 2, (left + width) / 2)
-    coverage = easyvqa_edits.coverage(shape.kind, box, size)[..., None]
-    color = np.array(easyvqa.PALETTE[shape.color], np.float32)
-    return np.rint(ground + coverage * (color - ground)).astype(np.uint8)
-
-
-def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    return options[int(rng.integers(len(options)))]
+    return easyvqa_edits.draw(shape.kind, shape.color, ground, box, size)

@@ -8,6 +8,7 @@ EDIT_TYPES = (
     "remove", "local_color_change", "texture", "shape_change", "insertion", "replace", "background_change", "style",
     "action", "text", NOTHING, CUSTOMIZATION,
 )  # fmt: skip
+DO_NOTHING = ("do nothing.", "change nothing.", "keep the image as it is.")  # instructions of NOTHING
 
 # By the part of a name before its parenthesis, in lower case. Left out on purpose: edits of the canvas (zoom,
 # outpainting) and several edits in one, of which no question about one edit can be asked.

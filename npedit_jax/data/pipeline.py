@@ -12,10 +12,10 @@ import grain
 import numpy as np
 
 from npedit_jax.data import batches as batches_lib
-from npedit_jax.data import easyvqa, easyvqa_edits
+from npedit_jax.data import easyvqa, easyvqa_edits, edit_types
 from npedit_jax.data import questions as questions_lib
 from npedit_jax.data.batches import Feed, QuestionCache, Sample, Stream, TextCache, batches, notes
-from npedit_jax.data.sources import DO_NOTHING, Example, Pool, Source, Unusable
+from npedit_jax.data.sources import Example, Pool, Source, Unusable
 from npedit_jax.data.tokenize import ScorerTokenizer, TextError, TextTokenizer
 
 Pairs = Callable[[int, np.random.Generator], Any]  # (image number, rng) -> images and questions about them
@@ -295,5 +295,5 @@ def _sample(
         told = notes(id, reason="text", message=str(error))
     else:
         return fields | {"weight": np.float32(1.0), batches_lib.NOTES: notes(id, cut=cut)}
-    blank = Example(np.zeros((*buckets[bucket], 3), np.uint8), DO_NOTHING[0], "", "", "", "")
+    blank = Example(np.zeros((*buckets[bucket], 3), np.uint8), edit_types.DO_NOTHING[0], "", "", "", "")
     return build(blank, rng)[0] | {"weight": np.float32(0.0), batches_lib.NOTES: told}

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from npedit_jax.data import easyvqa, easyvqa_edits
 from npedit_jax.data import questions as questions_lib
-from npedit_jax.data.easyvqa import Edit, Shape
+from npedit_jax.data.easyvqa import Edit, Shape, pick
 from npedit_jax.data.easyvqa_edits import Scene
 
 EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
@@ -388,8 +388,3 @@ def choose(shares: Mapping[str, float], rng: np.random.Generator) -> str:
     """One of the names, each with its share."""
     weights = np.array(list(shares.values()))
     return list(shares)[int(np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(), side="right"))]
-
-
-def pick(options: tuple[str, ...] | list[str], rng: np.random.Generator) -> str:
-    """One of the options, all alike."""
-    return options[int(rng.integers(len(options)))]

@@ -23,7 +23,6 @@ _SIDED = re.compile(
     r"|[\"“”«»]|(?<!\w)['‘][^'’]+['’](?!\w)",
     re.IGNORECASE,
 )
-DO_NOTHING = ("do nothing.", "change nothing.", "keep the image as it is.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,5 +228,5 @@ class _Reader:
 def _do_nothing(read: Read, bucket: int, place: int, rng: np.random.Generator) -> Example:
     """The record's image under an instruction to keep it."""
     example = read(bucket, place, rng)
-    instruction = DO_NOTHING[int(rng.integers(len(DO_NOTHING)))]
+    instruction = edit_types.DO_NOTHING[int(rng.integers(len(edit_types.DO_NOTHING)))]
     return dataclasses.replace(example, instruction=instruction, edited_caption=example.input_caption)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from npedit_jax.data import easyvqa
+from npedit_jax.data import easyvqa, easyvqa_reading
 from npedit_jax.evaluation import easyvqa_judge
 
 KEPT_LIMIT = 8.0  # kept error up to which an edit that is done also counts as having left the rest alone
@@ -77,7 +77,7 @@ def score(data: easyvqa.EasyVQA, asked: Sequence[Request], edited: np.ndarray) -
       For each request: `image` (index), `edit_type`, `instruction`, `source` and `target` (colour and kind; the target
       of a removal is None), `done`, and `kept_error`, the mean absolute difference on the pixels that had to stay.
     """
-    readings = {index: easyvqa_judge.read(data.images[index]) for index in {request.index for request in asked}}
+    readings = {index: easyvqa_reading.read(data.images[index]) for index in {request.index for request in asked}}
     scores = []
     for request, result in zip(asked, edited, strict=True):
         index, edit = request.index, request.edit

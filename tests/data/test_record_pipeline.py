@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 
-from npedit_jax.data import batches, images, pipeline, questions, records, sources
+from npedit_jax.data import batches, edit_types, images, pipeline, questions, records
 from npedit_jax.data.batches import Feed, Reading
 from npedit_jax.data.sources import RecordSource
 from tests.data import record_sets
@@ -82,7 +82,7 @@ def test_a_sample_is_its_record(found, made):
             ]
             assert batch["guidance"][row] == record_sets.GUIDANCE[edit_type]
             if edit_type == "nothing":
-                assert any(text in said["instruction"] for text in sources.DO_NOTHING)
+                assert any(text in said["instruction"] for text in edit_types.DO_NOTHING)
                 assert record.input_caption in said["caption"] and "after" not in said["caption"]
                 assert batch["question_weight"][row].tolist() == [0, 1] and batch["identity_weight"][row] == 1
                 continue

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from npedit_jax.data import easyvqa, easyvqa_edits, questions, scorer_pairs
+from npedit_jax.data import easyvqa, easyvqa_edits, easyvqa_reading, questions, scorer_pairs
 from npedit_jax.evaluation import easyvqa_judge
 
 
@@ -56,7 +56,7 @@ def test_looks_say_what_the_images_show(source, data):
         for asked in example.questions:
             if asked.kind == "look":
                 number = 1 if "image-1" in asked.text else 2
-                reading = easyvqa_judge.read(example.images[number - 1])
+                reading = easyvqa_reading.read(example.images[number - 1])
                 if reading.shape is not None and len(example.questions) > 2:  # side effects may hide a shape
                     seen[number] += asked.word in (reading.color, reading.kind)
                     assert number == 2 or asked.word in (data.shapes[index].color, data.shapes[index].kind)
@@ -134,10 +134,10 @@ def test_outlines_on_the_way_are_crisp_and_those_far_from_both_are_of_no_class(k
         for share in (0.0, 0.4, 0.9):
             image = scorer_pairs.to_uint8(np.float32(scorer_pairs.morph(scene, goal, share).render()))
             neither = np.minimum(*(np.abs(image - rgb).sum(-1) for rgb in (scene.ground, scene.rgb))) > 40
-            mask = easyvqa_judge.read(image).mask
+            mask = easyvqa_reading.read(image).mask
             rim = ndimage.binary_dilation(mask) & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)
             strays.append((neither & ~rim).sum())
-            known[share == 0.9].append(easyvqa_judge.read(image).kind == kind)
+            known[share == 0.9].append(easyvqa_reading.read(image).kind == kind)
     assert np.mean(strays) < 0.5, "an outline is a line of pixels, not a ramp"
     assert np.mean(known[True]) > 0.85 and np.mean(known[False]) < 0.05
     answers = [scorer_pairs.rises(share, scorer_pairs.BLUNT) for share in np.linspace(0, 1, 20)]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from npedit_jax.data import easyvqa, easyvqa_edits
+from npedit_jax.data import easyvqa, easyvqa_edits, easyvqa_reading
 from npedit_jax.evaluation import easyvqa_judge
 
 CHANGES = ("recolor", "remove", "replace")
@@ -15,7 +15,7 @@ def test_split():
 
 @pytest.fixture(scope="module")
 def readings(test_split):
-    return [easyvqa_judge.read(image) for image in test_split.images]
+    return [easyvqa_reading.read(image) for image in test_split.images]
 
 
 def share_done(split, readings, edit_type, candidate, seed=0):
@@ -35,7 +35,7 @@ def blurred(image, sigma):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_reads_every_image_as_the_package_answers(split):
     data = easyvqa.load(split)
-    readings = [easyvqa_judge.read(image) for image in data.images]
+    readings = [easyvqa_reading.read(image) for image in data.images]
     colors, kinds = data.answered.T
     assert colors.mean() > 0.7 and kinds.mean() > 0.7
     for reading, shape, color_answered, kind_answered in zip(readings, data.shapes, colors, kinds, strict=True):
@@ -154,7 +154,7 @@ def test_bad_input_is_refused(test_split):
     image, shape = test_split.images[0], test_split.shapes[0]
     edit = easyvqa.draw_edit(np.random.default_rng(0), shape, "remove")
     with pytest.raises(ValueError, match="uint8"):
-        easyvqa_judge.read(image / 255)
+        easyvqa_reading.read(image / 255)
     with pytest.raises(ValueError, match="one size"):
         easyvqa_judge.judge(image, image[:32], edit)
     with pytest.raises(ValueError, match="no shape"):
