@@ -163,10 +163,11 @@ def test_train_command_passes_its_failure_on(gcloud, tmp_path):
 
 def test_train_goes_on_after_a_preemption(gcloud):
     """The first run fails and the slice is gone: deleted, asked for again, set up, trained."""
-    answers = {"ssh": ["1 lost", "0 ", "0 "], "describe": ["0 SUSPENDED", "0 ACTIVE"]}
+    answers = {"ssh": ["1 lost", "0 ", "0 ", "0 "], "describe": ["0 SUSPENDED", "0 ACTIVE"]}
     done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers)
     assert done.returncode == 0, done.stderr
-    assert [call[3] for call in calls] == ["ssh", "describe", "delete", "create", "describe", "scp", "ssh", "ssh"]
+    set_up = ["ssh", "scp", "ssh"]  # which Python there is, the checkout, its installation
+    assert [call[3] for call in calls] == ["ssh", "describe", "delete", "create", "describe", *set_up, "ssh"]
 
 
 def test_train_restarts_on_an_active_slice_and_gives_up(gcloud):
