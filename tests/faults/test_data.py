@@ -122,7 +122,7 @@ def _patient_with_the_first_batch_alone():
     take = Watched.__next__
 
     def next_batch(self):
-        batch, self._seconds = take(self), 10.0
+        batch, self._seconds = take(self), 5.0
         return batch
 
     Watched.__next__ = next_batch
@@ -132,7 +132,7 @@ def _patient_with_the_first_batch_alone():
     ("harm", "before", "told"),
     [
         (signal.SIGKILL, None, "the data pipeline failed: "),
-        (signal.SIGSTOP, _patient_with_the_first_batch_alone, "no batch came within 10 s"),
+        (signal.SIGSTOP, _patient_with_the_first_batch_alone, "no batch came within 5 s"),
     ],
     ids=["killed", "hangs"],
 )

@@ -65,7 +65,8 @@ def test_checkpoints_removed_while_one_is_written(whole, tmp_path):
     run.wait_for(lambda: reached(workdir) >= 6 and _writing(workdir))
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     if run.wait() != 0:
-        assert run.output().splitlines()[-1].startswith("train: ")
+        # A thread of Orbax may have its say after that.
+        assert any(line.startswith("train: ") for line in run.output().splitlines())
         assert Training(workdir).wait() == 0
     _check_equal(workdir, whole)
 

@@ -43,6 +43,14 @@ def make_updates():
 
 
 @functools.cache
+def programs(accumulate=1):
+    """The updates as programs of their own, which take the state over."""
+    updates = make_updates()[0]
+    updates = dataclasses.replace(updates, settings=dataclasses.replace(SETTINGS, accumulate=accumulate))
+    return {name: jax.jit(part, donate_argnums=0) for name, part in edit_step.parts(updates).items()}
+
+
+@functools.cache
 def stepper():
     updates, start, frozen = make_updates()
     return jax.jit(edit_step.outer_step(updates)), start, frozen
@@ -129,9 +137,7 @@ def assert_close(found, expected, tolerance):
 def test_separate_steps_are_the_one_program_over_five_steps():
     """Gradients before the optimizer at the first step of each length, losses at all; rate 2e-5, fixed keys."""
     one, start, frozen = stepper()
-    updates = make_updates()[0]
-    programs = {name: jax.jit(part, donate_argnums=0) for name, part in edit_step.parts(updates).items()}
-    separate = edit_step.separate_steps(programs, SETTINGS)
+    separate = edit_step.separate_steps(programs(), SETTINGS)
     expected_state, found_state, lengths = copy(start), copy(start), set()
     for seed in range(5):
         arguments = (frozen, batches(), jax.random.key(seed))
@@ -201,25 +207,21 @@ def test_decoupled_dmd_with_one_time_and_noise_is_the_usual():
 
 def test_a_batch_in_parts_gives_the_gradients_and_metrics_of_the_whole():
     """In parts of a sample each: a batch is the mean of its samples, with texts of different lengths."""
-    updates, start, frozen = make_updates()
-    four = jax.tree.map(lambda x: x if x.shape[1] == 1 else np.concatenate([x, x[:, ::-1]], 1), batches())
-    four["guidance"] = np.broadcast_to(np.float32([1.0, 2.0, 3.0, 4.0]), (INNER, 4))
-    four["identity_weight"] = np.full((INNER, 4), 1.0, np.float32)
-    four = jax.tree.map(lambda x: x[0], four)
+    _, start, frozen = make_updates()
+    batch = jax.tree.map(lambda x: x[0], batches())
+    batch |= {"guidance": np.float32([1.0, 3.0]), "identity_weight": np.float32([1.0, 0.5])}
 
     def run(accumulate, name):
-        settings = dataclasses.replace(SETTINGS, accumulate=accumulate)
-        step = jax.jit(edit_step.parts(dataclasses.replace(updates, settings=settings))[name])
-        return step(start, frozen, four, jax.random.key(0))
+        return programs(accumulate)[name](copy(start), frozen, batch, jax.random.key(0))
 
     for name in ("student", "fake_score"):
-        (whole, metrics), (in_parts, metrics_in_parts) = (run(accumulate, f"{name}/1") for accumulate in (1, 4))
+        (whole, metrics), (in_parts, metrics_in_parts) = (run(accumulate, f"{name}/1") for accumulate in (1, 2))
         found, expected = (end.optimizer[name][0].gradients for end in (in_parts, whole))
         difference = jax.tree.map(jnp.subtract, found, expected)
         assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(expected), name
         for key, value in metrics.items():
             np.testing.assert_allclose(metrics_in_parts[key], value, rtol=1e-4, err_msg=key)
-    with pytest.raises(ValueError, match="a batch of 4 cannot be cut into 3 equal parts"):
+    with pytest.raises(ValueError, match="a batch of 2 cannot be cut into 3 equal parts"):
         run(3, "fake_score/1")
 
 
