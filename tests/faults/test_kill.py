@@ -58,6 +58,7 @@ def test_killed_while_stepping_and_while_saving_and_the_newest_checkpoint_damage
     _check_equal(workdir, whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_removed_while_one_is_written(whole, tmp_path):
     """It is told, or they are begun anew, as the moment has it; never is the end another one."""
     workdir = tmp_path / "run"

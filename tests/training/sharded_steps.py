@@ -1,12 +1,13 @@
 """Run by test_sharded.py with 8 CPU devices: the outer step on several meshes against one device.
 
-    python -m tests.training.sharded_steps DIRECTORY MESH...
+    python -m tests.training.sharded_steps DIRECTORY UNROLL MESH...
 
 Also in 2 processes of 4 devices each, which NPEDIT_HOSTS joins; checkpoints are then left to other tests.
 
 Networks have a few hundred parameters; gradients are recorded before the optimizer, Adam's rate is the real one.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -33,7 +34,10 @@ SETTINGS = EditSettings(times=(1.0, 0.5), scorer_weight=0.5, skip_norm=1e9, dmd_
 SAMPLES = 8
 MESHES = {"fsdp": (1, 8, 1), "all axes": (2, 2, 2)}
 LOSSES = ("loss", "loss/dmd", "loss/scorer", "loss/identity", "loss/fake_score")
-SEEDS, TOLERANCE = (0, 1, 2, 4, 5), 1e-5  # keys whose steps all unroll two steps: one length compiles in half the time
+SEEDS, TOLERANCE = (
+    (0, 1, 2, 4, 5),
+    1e-5,
+)  # keys whose steps all unroll two where they may: one length compiles in half the time
 # Rounding the parameters another way by one bit moves the student's gradients by 6e-5 of their norm.
 GRADIENT_TOLERANCE = 1e-4
 
@@ -72,7 +76,9 @@ def whole_tree(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def run(mesh: jax.sharding.Mesh) -> tuple[state.TrainState, list[dict[str, float]], dict[str, Any]]:
+def run(
+    mesh: jax.sharding.Mesh, settings: EditSettings
+) -> tuple[state.TrainState, list[dict[str, float]], dict[str, Any]]:
     """The last state, every step's metrics, and each trained network's gradients of the first step."""
     modules, params = parts()
     adam = optimizer.build("adam", learning_rate=2e-5, b1=0.0, b2=0.9, clip_norm=2.0)
@@ -86,9 +92,9 @@ def run(mesh: jax.sharding.Mesh) -> tuple[state.TrainState, list[dict[str, float
     whole = parallel.replicated(mesh)
     with jax.set_mesh(mesh):
         now = parallel.place(create, shardings, trained)
-        updates = edit_step.parts(edit_step.Updates(modules, rules, SETTINGS))
+        updates = edit_step.parts(edit_step.Updates(modules, rules, settings))
         programs = {name: steps.compile_step(update, shardings, of_frozen) for name, update in updates.items()}
-        step_function = edit_step.separate_steps(programs, SETTINGS)
+        step_function = edit_step.separate_steps(programs, settings)
         found, gradients = [], {}
         for step, seed in enumerate(SEEDS):
             key = parallel.place(functools.partial(jax.random.key, seed), whole)
@@ -115,16 +121,17 @@ def assert_close(found: Any, expected: Any, what: str) -> None:
         )
 
 
-def main(directory: str, names: list[str]) -> None:
+def main(directory: str, unroll: int, names: list[str]) -> None:
     """Compares losses, gradients and restored checkpoints of the named meshes with one device's."""
     one = parallel.make_mesh(1, 1, 1, jax.local_devices()[:1])
     two = parallel.make_mesh(1, 2, 1, jax.local_devices()[:2])
-    begun, expected, expected_gradients = run(one)
-    assert {int(row["unroll"]) for row in expected} == {2}
+    settings = dataclasses.replace(SETTINGS, max_unroll=unroll)
+    begun, expected, expected_gradients = run(one, settings)
+    assert {int(row["unroll"]) for row in expected} == {unroll}
     for name in names:
         sizes = MESHES[name]
         mesh = parallel.make_mesh(*sizes)
-        end, found, gradients = run(mesh)
+        end, found, gradients = run(mesh, settings)
         for network, tree in gradients.items():
             assert_close(tree, expected_gradients[network], f"{name}: gradients of {network}")
         for row, wanted in zip(found, expected, strict=True):
@@ -183,4 +190,4 @@ if __name__ == "__main__":
     jax.monitoring.register_event_duration_secs_listener(note_compilation)
     jax.config.update("jax_num_cpu_devices", 4 if os.environ.get(hosts.VARIABLE) else 8)
     hosts.join()
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

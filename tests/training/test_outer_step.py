@@ -205,7 +205,8 @@ def test_decoupled_dmd_with_one_time_and_noise_is_the_usual():
     assert not np.allclose(gradient(own, decoupled=True)[1], expected[1])
 
 
-def test_a_batch_in_parts_gives_the_gradients_and_metrics_of_the_whole():
+@pytest.mark.parametrize("name", [pytest.param("student", marks=pytest.mark.slow), "fake_score"])
+def test_a_batch_in_parts_gives_the_gradients_and_metrics_of_the_whole(name):
     """In parts of a sample each: a batch is the mean of its samples, with texts of different lengths."""
     _, start, frozen = make_updates()
     batch = jax.tree.map(lambda x: x[0], batches())
@@ -214,13 +215,12 @@ def test_a_batch_in_parts_gives_the_gradients_and_metrics_of_the_whole():
     def run(accumulate, name):
         return programs(accumulate)[name](copy(start), frozen, batch, jax.random.key(0))
 
-    for name in ("student", "fake_score"):
-        (whole, metrics), (in_parts, metrics_in_parts) = (run(accumulate, f"{name}/1") for accumulate in (1, 2))
-        found, expected = (end.optimizer[name][0].gradients for end in (in_parts, whole))
-        difference = jax.tree.map(jnp.subtract, found, expected)
-        assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(expected), name
-        for key, value in metrics.items():
-            np.testing.assert_allclose(metrics_in_parts[key], value, rtol=1e-4, err_msg=key)
+    (whole, metrics), (in_parts, metrics_in_parts) = (run(accumulate, f"{name}/1") for accumulate in (1, 2))
+    found, expected = (end.optimizer[name][0].gradients for end in (in_parts, whole))
+    difference = jax.tree.map(jnp.subtract, found, expected)
+    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(expected), name
+    for key, value in metrics.items():
+        np.testing.assert_allclose(metrics_in_parts[key], value, rtol=1e-4, err_msg=key)
     with pytest.raises(ValueError, match="a batch of 2 cannot be cut into 3 equal parts"):
         run(3, "fake_score/1")
 

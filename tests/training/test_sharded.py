@@ -20,10 +20,17 @@ def start(told: pathlib.Path, arguments: list[str], **environment: str) -> subpr
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=file)
 
 
-@pytest.mark.parametrize("mesh", ["all axes", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_meshes_of_eight_devices_compute_what_one_device_does(tmp_path, mesh):
+@pytest.mark.parametrize(
+    ("unroll", "mesh"),
+    [
+        (1, "all axes"),
+        pytest.param(2, "all axes", marks=pytest.mark.slow),
+        pytest.param(2, "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_meshes_of_eight_devices_compute_what_one_device_does(tmp_path, unroll, mesh):
     told = tmp_path / "told"
-    assert start(told, [str(tmp_path), mesh]).wait() == 0, told.read_text()
+    assert start(told, [str(tmp_path), str(unroll), mesh]).wait() == 0, told.read_text()
 
 
 @pytest.mark.slow
@@ -33,6 +40,7 @@ def test_two_processes_of_four_devices_compute_what_one_device_does(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     told = [tmp_path / f"told-{number}" for number in range(2)]
     runs = [
-        start(told[number], [str(tmp_path), "fsdp"], **{hosts.VARIABLE: f"{number}/2@{address}"}) for number in range(2)
+        start(told[number], [str(tmp_path), "2", "fsdp"], **{hosts.VARIABLE: f"{number}/2@{address}"})
+        for number in range(2)
     ]
     assert [run.wait() for run in runs] == [0, 0], [path.read_text() for path in told]
