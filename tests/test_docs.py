@@ -97,7 +97,12 @@ def _here(word: str, server: str) -> str:
     return word.replace("the dog", "the circle")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    # What try.md shows is what tests/test_edit.py runs, option by option.
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name == "try.md" else []) for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_commands_of_a_page_run_in_their_order(page, sandbox, monkeypatch):
     monkeypatch.chdir(sandbox)
     served = []

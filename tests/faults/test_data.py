@@ -131,7 +131,7 @@ def _patient_with_the_first_batch_alone():
 @pytest.mark.parametrize(
     ("harm", "before", "told"),
     [
-        (signal.SIGKILL, None, "the data pipeline failed: "),
+        pytest.param(signal.SIGKILL, None, "the data pipeline failed: ", marks=pytest.mark.slow),  # see above
         (signal.SIGSTOP, _patient_with_the_first_batch_alone, "no batch came within 5 s"),
     ],
     ids=["killed", "hangs"],
