@@ -75,12 +75,10 @@ def draw(
     def advance(x_t, pair_of_times):
         t, after = pair_of_times
         times = jnp.full((len(texts) * count,), t)
-        velocities = modules["denoiser"].apply(
+        found = modules["denoiser"].apply(
             {"params": params["denoiser"]}, jnp.concatenate([x_t] * len(texts)), times, *joined
         )
-        velocity = velocities
-        if negative is not None:
-            velocity = matching.guide(*jnp.split(velocities, 2), jnp.full((count,), guidance))
+        velocity = found if negative is None else matching.guide(*jnp.split(found, 2), jnp.full((count,), guidance))
         return x_t + (after - t) * velocity, None
 
     latents, _ = jax.lax.scan(advance, jax.random.normal(rng, shape), (times[:-1], times[1:]))

@@ -66,7 +66,7 @@ class Feed:
     @property
     def total(self) -> int:
         """Samples of all hosts in a step."""
-        return max(1, self.inner_batches) * self.width * self.of
+        return self.samples // len(self.places) * self.of
 
 
 @dataclasses.dataclass(frozen=True)

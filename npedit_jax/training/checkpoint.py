@@ -138,7 +138,8 @@ class Checkpoints:
             place = self._directory.parent / DAMAGED
             place.mkdir(exist_ok=True)
             for step in steps:
-                before = len(list(place.glob(f"{step}*")))  # the same step may have been damaged before
+                # The same step may have been damaged before.
+                before = sum(path.name.partition(".")[0] == str(step) for path in place.iterdir())
                 (self._directory / str(step)).rename(place / (f"{step}.{before}" if before else str(step)))
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()

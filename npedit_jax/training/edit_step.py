@@ -99,7 +99,7 @@ class Updates:
         """`function(batch, given, draws)`, a mean over samples, taken over parts of the batch as the settings say."""
         student_draws, loss_draws = draws
         # What has no axis of samples stays out: the negative prompt, the same for all, and the key.
-        own = {name: x for name, x in batch.items() if not name.startswith("negative")}
+        own = {name: x for name, x in batch.items() if name not in parallel.SHARED}
         samples = (own, given._replace(negative=()), student_draws, loss_draws._replace(pixel_rng=()))
 
         def part(samples, rng):

@@ -44,6 +44,7 @@ class Previews:
         self._config = config
         self._directory = epath.Path(workdir) / "samples"
         self._program: Callable | None = None
+        self._notes: Callable | None = None  # of stages whose pictures are made from texts
 
     def __call__(self, stage: stages.Stage, state: TrainState, frozen: dict[str, Any], step: int) -> None:
         """Draws one grid, on all processes together; the scorer's stage has no pictures."""
@@ -52,24 +53,23 @@ class Previews:
         if self._program is None:
             self._build(stage)
         params = {**frozen, **state.ema}
-        rows = self._program(params, self._batch, self._key)
-        told = jax.device_get(self._notes(params, self._batch, rows))
+        made = self._program(params, self._batch, self._key)
+        told = jax.device_get(self._notes(params, self._batch, made)) if self._notes else None
         if jax.process_index() != 0:
             return
-        rows = [row[:COLUMNS] for row in jax.device_get(rows)]
-        picture = self._sheet(rows, told) if PREVIEWS[self._config.stage] is _editor else grid(rows)
+        rows = [row[:COLUMNS] for row in jax.device_get(made)]
+        picture = self._sheet(rows, told) if told else grid(rows)
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"step-{step:07d}.png").open("wb") as file:
             picture.save(file, format="PNG")
 
     def _build(self, stage: stages.Stage) -> None:
-        modules = {name: network.module for name, network in stage.networks.items()}
         whole = parallel.replicated(stage.mesh)
         self._batch = parallel.put_batch(first_batch(stage), stage.mesh)
         self._key = parallel.place(lambda: jax.random.key(0), whole)
-        self._program = program(self._config, modules, stage.adapted, stage.mesh)
-        self._notes = jax.jit(functools.partial(_notes, modules), out_shardings=whole)
-        if "text_tokenizer" in self._config.data:
+        self._program = program(self._config, stage.modules, stage.adapted, stage.mesh)
+        if PREVIEWS[self._config.stage] is _editor:
+            self._notes = jax.jit(functools.partial(_notes, stage.modules), out_shardings=whole)
             directory = networks.resolve(self._config.data.text_tokenizer)
             self._text = TextTokenizer(directory, self._config.data.text_length)
 
@@ -91,12 +91,13 @@ class Previews:
 def _notes(
     modules: Modules, params: Mapping[str, Any], batch: Mapping[str, jax.Array], rows: Sequence[jax.Array]
 ) -> dict[str, jax.Array]:
-    """What stands beside pictures: tokens of the texts that they were made from, and the probability that the scorer
-    gives to the wanted answers about (reference, edit), [B, 2]."""
-    found = {}
-    if "caption_ids" in batch:
-        kind = _text_of(batch)
-        found = {"ids": batch[f"{kind}_ids"], "mask": batch[f"{kind}_mask"]}
+    """What stands beside edits: tokens of their texts; with a scorer its probabilities of the wanted answers, [B, 2].
+
+    Args:
+      rows: references and edits, uint8 [B, H, W, 3].
+    """
+    kind = _text_of(batch)
+    found = {"ids": batch[f"{kind}_ids"], "mask": batch[f"{kind}_mask"]}
     if "scorer" in modules:
         frozen = parallel.on_devices(params["scorer"])
         output = answers(modules, frozen, *(to_pixels(row) for row in rows), batch)

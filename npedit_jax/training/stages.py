@@ -59,6 +59,11 @@ class Stage:
     adapted: Mapping[str, lora.Adapted] = dataclasses.field(default_factory=dict)
     offload: tuple[str, ...] = ()
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Of all networks."""
+        return {name: network.module for name, network in self.networks.items()}
+
     def start(self) -> state.TrainState:
         """The state at step 0, which takes the initial parameters over."""
         params = {name: self.networks[name].params for name in self.rules}
@@ -240,7 +245,7 @@ def work(config: Config, stage: Stage) -> telemetry.Work:
 
 def _patch(stage: Stage) -> int:
     """Pixels along the side of what the first network that looks at pictures takes as a token."""
-    modules = {name: network.module for name, network in stage.networks.items()}
+    modules = stage.modules
     denoiser = next((modules[name] for name in ("student", "denoiser") if name in modules), None)
     if denoiser is not None:
         return modules["autoencoder"].downscale * denoiser.patch_size
@@ -252,7 +257,7 @@ def _useful_flops(config: Config, stage: Stage, batch: Mapping[str, np.ndarray])
     if config.stage == "npedit":  # of one program for both lengths only the longer could be counted
         config = config.copy_and_resolve_references()
         config.separate_steps = True
-    functions = step_functions(config, {name: flops.plain(network.module) for name, network in stage.networks.items()})
+    functions = step_functions(config, {name: flops.plain(module) for name, module in stage.modules.items()})
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     params = {name: jax.tree.map(shape, network.params) for name, network in stage.networks.items()}
     trained = {name: params.pop(name) for name in stage.rules}
