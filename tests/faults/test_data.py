@@ -1,5 +1,7 @@
 """A data pipeline that dies or hangs: told, never waited for in silence."""
 
+import functools
+import itertools
 import os
 import pathlib
 import signal
@@ -73,17 +75,21 @@ def test_errors_end_and_place_are_passed_on():
     assert next(batches) == 3 and batches.get_state() == 3
 
 
-def _hang_at_batch_nine():
-    """From there on a batch has a second; before, a busy machine may take its time."""
-    take, iterate = Watched.__next__, loop.iterate
+def _patient_with_the_first(count, seconds):
+    """A busy machine may take its time with these batches; later ones have so many seconds each."""
+    take, taken = Watched.__next__, itertools.count(1)
 
     def next_batch(self):
         batch = take(self)
-        self._taken = getattr(self, "_taken", 0) + 1
-        self._seconds = 1.0 if self._taken >= 9 else self._seconds
+        self._seconds = seconds if next(taken) >= count else self._seconds
         return batch
 
     Watched.__next__ = next_batch
+
+
+def _hang_at_batch_nine():
+    _patient_with_the_first(9, seconds=1.0)
+    iterate = loop.iterate
 
     def hanging(dataset, reading):
         return iterate(dataset.map_with_index(_sleep_from_nine), reading)
@@ -117,22 +123,11 @@ def _running(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _patient_with_the_first_batch_alone():
-    """A worker takes a while to start."""
-    take = Watched.__next__
-
-    def next_batch(self):
-        batch, self._seconds = take(self), 5.0
-        return batch
-
-    Watched.__next__ = next_batch
-
-
 @pytest.mark.parametrize(
     ("harm", "before", "told"),
     [
         pytest.param(signal.SIGKILL, None, "the data pipeline failed: ", marks=pytest.mark.slow),  # see above
-        (signal.SIGSTOP, _patient_with_the_first_batch_alone, "no batch came within 5 s"),
+        (signal.SIGSTOP, functools.partial(_patient_with_the_first, 1, 5.0), "no batch came within 5 s"),
     ],
     ids=["killed", "hangs"],
 )
