@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from npedit_jax.training.workdirs import write_whole
 
@@ -46,6 +45,9 @@ class MetricsLog:
         kept = read_metrics(workdir, up_to=restored_step) if self._path.exists() else []
         self._lines = [json.dumps(row) for row in kept]
         write_whole(self._path, "".join(line + "\n" for line in self._lines))
+        # Imported by runs alone: it takes PyTorch along where that is installed, and commands would wait for it.
+        from tensorboardX import SummaryWriter
+
         self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=restored_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
