@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +31,16 @@ def test_a_part_uses_what_lies_below_it_alone(part):
     for path in files:
         name = str(path.relative_to(PACKAGE))
         assert imported(path) <= ALLOWED[part] | COMMANDS.get(name, set()), name
+
+
+def test_no_command_imports_pytorch_before_it_needs_it():
+    commands = "compile convert data.inspect data.instructions data.prepare data.select demo edit evaluate export"
+    imports = "; ".join(f"import npedit_jax.{command}" for command in commands.split())
+    heavy = "{'tensorboardX', 'tensorflow', 'torch', 'transformers'}"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{imports}; import sys; print({heavy} & set(sys.modules) or 'none')"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.strip() == "none"
