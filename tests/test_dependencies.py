@@ -34,7 +34,7 @@ def test_a_part_uses_what_lies_below_it_alone(part):
 
 
 def test_no_command_imports_pytorch_before_it_needs_it():
-    commands = "compile convert data.inspect data.instructions data.prepare data.select demo edit evaluate export"
+    commands = "convert data.inspect data.instructions data.prepare data.select demo edit evaluate export"
     imports = "; ".join(f"import npedit_jax.{command}" for command in commands.split())
     heavy = "{'tensorboardX', 'tensorflow', 'torch', 'transformers'}"
     ran = subprocess.run(
