@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from npedit_jax import weights
+from npedit_jax import atomic, weights
 from npedit_jax.data import questions
 from npedit_jax.data.batches import arrays
 from npedit_jax.models.autoencoder import Autoencoder
@@ -174,7 +174,7 @@ def _write_settings(config: ml_collections.ConfigDict, output: epath.Path) -> ep
     if prefixes := task_prefixes(config):
         settings["prefixes"] = prefixes
     file = output / "editor.json"
-    workdirs.write_whole(file, json.dumps(settings, indent=2) + "\n")
+    atomic.write_text(file, json.dumps(settings, indent=2) + "\n")
     return file
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "npedit_jax"
 # The command that shows batches reads a config as training does.
-ALLOWED = {"data": {"data"}, "objectives": {"objectives"}, "models": {"models", "parallel", "flops"}}
+ALLOWED = {"data": {"data", "atomic"}, "objectives": {"objectives"}, "models": {"models", "parallel", "flops"}}
 COMMANDS = {"data/inspect.py": {"training"}}
 
 

@@ -25,6 +25,8 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+from npedit_jax import atomic
+
 SCHEMA = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"
 KEPT = 0  # value of the index column `left_out` on records that are used; others count from 1 in the manifest's order
@@ -154,11 +156,10 @@ def save_index(
     directory = epath.Path(directory)
     counts = np.bincount(rows["left_out"], minlength=1 + len(reasons)).tolist()
     left_out = dict(zip(reasons, counts[1:], strict=True))
-    with _whole(directory / INDEX) as partial, partial.open("wb") as file:
+    with atomic.file(directory / INDEX) as partial, partial.open("wb") as file:
         np.savez(file, rows=rows)
     text = json.dumps({**manifest, "kept": counts[KEPT], "left_out": left_out}, indent=1, ensure_ascii=False)
-    with _whole(directory / MANIFEST) as partial:
-        partial.write_text(text + "\n")
+    atomic.write_text(directory / MANIFEST, text + "\n")
 
 
 def write_manifest(
@@ -329,22 +330,10 @@ class _Shard:
 
 
 @contextlib.contextmanager
-def _whole(path: epath.Path) -> Iterator[epath.Path]:
-    """A file to write, which takes the place of `path` when it is done."""
-    partial = path.with_name(f"incomplete.{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[epath.Path]:
     """A file to write by its path, as ArrayRecord does; when it is done, `path` is a copy of it, or is it."""
     if "://" not in str(path):
-        with _whole(path) as partial:
+        with atomic.file(path) as partial:
             yield partial
         return
     with tempfile.TemporaryDirectory() as folder:

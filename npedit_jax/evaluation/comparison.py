@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jinja2
 from etils import epath
 
+from npedit_jax import atomic
 from npedit_jax.evaluation import results as results_lib
 from npedit_jax.evaluation.results import FIGURES, Results
-from npedit_jax.training.workdirs import write_whole
 
 LABELS = {
     "done": "P(done)",
@@ -127,7 +127,7 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
         sums=(results_lib.ALL, results_lib.TASKS),
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, text)
+    atomic.write_text(page, text)
 
 
 def _link(page: epath.Path, file: epath.Path) -> str:

@@ -20,13 +20,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from npedit_jax import pictures
+from npedit_jax import atomic, pictures
 from npedit_jax.editor import Editor
 from npedit_jax.evaluation import viescore
 from npedit_jax.evaluation.cases import Case, digest, iterate
 from npedit_jax.evaluation.preservation import preservation
 from npedit_jax.judge import Judge, Pair, successes
-from npedit_jax.training.workdirs import write_whole
 
 FIGURES = ("done", "kept", "ssim", "psnr", "consistency", "quality", "overall")
 ALL, TASKS = "all edits", "mean of tasks"
@@ -62,11 +61,13 @@ class Results:
                 raise ValueError(f"{directory} is not empty and holds no results; take another --name or --output")
             self.settings = dict(settings)
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(self.settings, indent=2) + "\n")
+            atomic.write_text(file, json.dumps(self.settings, indent=2) + "\n")
         rows = self._read_rows()
         self._rows = {row["key"]: row for row in rows if self.picture(row["key"]).exists()}
         if settings is not None:  # more lines are to come, and a crash may have cut the last one short
-            write_whole(self.directory / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows.values()))
+            atomic.write_text(
+                self.directory / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows.values())
+            )
 
     @property
     def name(self) -> str:

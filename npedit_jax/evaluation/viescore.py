@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from etils import epath
 from PIL import Image
 
+from npedit_jax import atomic
 from npedit_jax.data import completions
-from npedit_jax.training.workdirs import write_whole
 
 KINDS = ("consistency", "quality")
 LARGEST = 1024  # pixels of a picture's longer side as sent
@@ -102,7 +102,7 @@ class Grader:
                 "that model, or move the file away"
             )
         if self._answers:  # more lines are to come, and a crash may have cut the last one short
-            write_whole(self._file, "".join(json.dumps(row) + "\n" for row in self._answers.values()))
+            atomic.write_text(self._file, "".join(json.dumps(row) + "\n" for row in self._answers.values()))
 
     def ask(self, questions: Iterable[Question], advance: Callable[[int], Any] = lambda count: None) -> None:
         """Asks what was not answered yet.

@@ -14,7 +14,7 @@ import jax
 import tqdm
 from etils import epath
 
-from npedit_jax.training.workdirs import write_whole
+from npedit_jax import atomic
 
 
 class MetricsLog:
@@ -44,7 +44,7 @@ class MetricsLog:
             self._wandb = importlib.import_module("wandb").init(project=wandb_project, id=id, resume="allow")
         kept = read_metrics(workdir, up_to=restored_step) if self._path.exists() else []
         self._lines = [json.dumps(row) for row in kept]
-        write_whole(self._path, "".join(line + "\n" for line in self._lines))
+        atomic.write_text(self._path, "".join(line + "\n" for line in self._lines))
         # Imported by runs alone: it takes PyTorch along where that is installed, and commands would wait for it.
         from tensorboardX import SummaryWriter
 

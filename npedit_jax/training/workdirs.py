@@ -9,6 +9,8 @@ import ml_collections
 from absl import logging
 from etils import epath
 
+from npedit_jax import atomic
+
 # Fields that may differ from one start of a run to the next: they change how it runs, what comes out by rounding only.
 FREE_FIELDS = (
     "mesh.*",
@@ -39,14 +41,7 @@ def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None
         for line in changed:
             logging.warning("changed since the run began: %s", line)
         workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(workdir / "config.json", json.dumps(plain(config), indent=2) + "\n")
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file under another name and then renames it: a kill leaves the old file or the new one."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+        atomic.write_text(workdir / "config.json", json.dumps(plain(config), indent=2) + "\n")
 
 
 def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:

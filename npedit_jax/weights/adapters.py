@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from npedit_jax import atomic
 from npedit_jax.models import lora
 from npedit_jax.weights import kinds, saving
 from npedit_jax.weights.safetensors_io import Entry, Planned, Reader, read_header, write_file
@@ -84,7 +85,7 @@ def save(
         "bias": "none",
         "inference_mode": True,
     }
-    with saving.appearing_whole(directory) as temporary:
+    with atomic.directory(directory) as temporary:
         write_file(temporary / FILE, planned, iter(tensors.values()))
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

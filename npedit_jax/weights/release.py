@@ -6,14 +6,14 @@ release's script loads the dictionary with strict=True (`models/zimage_denoiser.
 
 import collections
 import dataclasses
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from npedit_jax import atomic
 from npedit_jax.models.denoiser import Denoiser
 from npedit_jax.weights import saving, zimage
 from npedit_jax.weights.safetensors_io import Reader, read_header, write_file
@@ -48,7 +48,9 @@ def save_release(module: Denoiser, params: Mapping[str, Any], file: epath.PathLi
     planned, values = saving.source_tensors("zimage", module, params, dtype)
     if jax.process_index() == 0:
         named = [dataclasses.replace(tensor, name=PREFIX + tensor.name) for tensor in planned]
-        _write_whole(file, lambda partial: write_file(partial, named, values))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.file(file) as partial:
+            write_file(partial, named, values)
     else:
         collections.deque(values, maxlen=0)  # gathering is a collective, see `saving.save`
 
@@ -74,19 +76,6 @@ def pickle_release(source: epath.PathLike, file: epath.PathLike) -> None:
     with Reader() as reader:
         state = {name: tensor(reader.read(entry)) for name, entry in read_header(source).items()}
 
-    def write(partial: epath.Path) -> None:
-        with partial.open("wb") as stream:
-            torch.save(state, stream)
-
-    _write_whole(file, write)
-
-
-def _write_whole(file: epath.Path, write: Callable[[epath.Path], None]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(partial)
-        partial.rename(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic.file(file) as partial, partial.open("wb") as stream:
+        torch.save(state, stream)

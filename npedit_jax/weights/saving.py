@@ -1,10 +1,8 @@
 """Writing a Flax module as a Hugging Face checkpoint: the exact inverse of loading, streamed tensor by tensor."""
 
 import collections
-import contextlib
 import functools
 import json
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from npedit_jax import atomic
 from npedit_jax.weights import kinds
 from npedit_jax.weights.safetensors_io import CODES, Planned, split_shards, write_file
 from npedit_jax.weights.table import Row, check_table
@@ -80,21 +79,6 @@ def check_new(directory: epath.Path) -> None:
     """Raises FileExistsError where there is a file, or a directory with content."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is not empty; give a new directory, or delete this one first")
-
-
-@contextlib.contextmanager
-def appearing_whole(directory: epath.Path) -> Iterator[epath.Path]:
-    """A temporary directory beside a new or empty one, which takes that one's place at the end, or goes on an error."""
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if directory.exists():
-            directory.rmdir()
-        temporary.rename(directory)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
 
 
 def copy_tokenizer(source: epath.Path, directory: epath.Path) -> None:
@@ -168,7 +152,7 @@ def _write(
     shards: list[list[Planned]],
     values: Iterator[np.ndarray],
 ) -> None:
-    with appearing_whole(directory) as temporary:
+    with atomic.directory(directory) as temporary:
         _write_json(temporary / "config.json", config)
         weight_map = {}
         for n, shard in enumerate(shards, start=1):

@@ -88,7 +88,7 @@ def test_a_shard_is_written_over_that_of_a_run_which_was_stopped(tmp_path):
     for number in range(2):
         records.write_shard(path, [record(number)])
     shards = records.Shards(tmp_path, [{"file": path.name, "count": 1}])
-    assert shards[0] == record(1) and not list(tmp_path.glob("incomplete*"))
+    assert shards[0] == record(1) and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_records_are_written_to_a_bucket_and_selected_there(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_the_set_readable(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert records.Records(tmp_path).kept().tolist() in ([0, 1], [0])
-            assert not list(tmp_path.glob("incomplete*"))
+            assert not list(tmp_path.glob(".*.tmp"))
     assert limit > 500 and records.Records(tmp_path).kept().tolist() == [0]
 
 
