@@ -25,7 +25,7 @@ from npedit_jax.data import questions
 from npedit_jax.data.batches import arrays
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
-from npedit_jax.training import networks, stages, workdirs
+from npedit_jax.training import datasets, networks, stages, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.faults import RunFault
 from npedit_jax.weights import adapters, release
@@ -183,7 +183,7 @@ def training_images(config: ml_collections.ConfigDict, count: int = 512) -> Iter
     config = config.copy_and_resolve_references()
     # The devices here need not be those of the run.
     config.mesh, config.batch_size = dict(data=-1, fsdp=1, tensor=1), 8 * jax.device_count()
-    dataset = stages.DATASETS[config.stage](config, {})
+    dataset = datasets.build(config, {})
     return (arrays(dataset[number])["image"] for number in range(-(-count // config.batch_size)))
 
 

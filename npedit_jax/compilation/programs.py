@@ -11,7 +11,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from npedit_jax import flops, parallel
-from npedit_jax.training import previews, stages, state
+from npedit_jax.training import datasets, previews, stages, state
 from npedit_jax.training.networks import Network
 
 Config = ml_collections.ConfigDict
@@ -80,7 +80,7 @@ def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[st
     modules = {name: network.module for name, network in made.items()}
     plain_modules = {name: flops.plain(module) for name, module in modules.items()}
     runs = stages.expected_runs(config)
-    leading = int(stages.inner_batches(config) > 0)
+    leading = int(datasets.inner_batches(config) > 0)
     batch = {name: _array(mesh, name, x, leading) for name, x in batch_shapes(config, side).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(mesh))

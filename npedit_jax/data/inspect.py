@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
     """Command line."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    from npedit_jax.training import networks, stages  # the command stands above the stages, the module below
+    from npedit_jax.training import datasets, networks, stages  # the command stands above the stages, the module below
 
     config = _CONFIG.value
     try:
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
         modules = {}
         if "scorer" in config.networks:
             modules["scorer"] = networks.module_of(config.networks.scorer)
-        dataset = stages.DATASETS[config.stage](config, modules)
+        dataset = datasets.build(config, modules)
         steps = {step: dataset[step] for step in range(_START.value, _START.value + _STEPS.value)}
         names = {"text": "text_tokenizer", "scorer": "scorer_tokenizer"}
         tokenizers = {

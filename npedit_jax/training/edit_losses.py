@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from npedit_jax.models.lora import Variables
 from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow, matching, unroll
-from npedit_jax.sampling import Text, decode, encode_image, encode_text
+from npedit_jax.sampling import Modules, Text, decode, encode_image, encode_text
 from npedit_jax.training import steps
-from npedit_jax.training.steps import Batch, Metrics, Modules, Params, average
+from npedit_jax.training.steps import Batch, Metrics, Params, average
 
 PROBES = ("dmd", "scorer")
 QUESTIONS = ("edit", "identity")

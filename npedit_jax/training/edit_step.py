@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from npedit_jax import parallel
 from npedit_jax.models import lora
+from npedit_jax.sampling import Modules
 from npedit_jax.training import accumulation
 from npedit_jax.training import state as states
 from npedit_jax.training.edit_losses import (
@@ -27,7 +28,7 @@ from npedit_jax.training.edit_losses import (
     finish_metrics,
     student_loss,
 )
-from npedit_jax.training.steps import Batch, Metrics, Modules, Params, Rules, Step
+from npedit_jax.training.steps import Batch, Metrics, Params, Rules, Step
 
 Length = bool | jax.Array  # whether the unroll has a second step; a Python bool makes a program of that length alone
 

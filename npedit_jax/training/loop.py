@@ -12,7 +12,7 @@ from etils import epath
 
 from npedit_jax import parallel
 from npedit_jax.data.batches import iterate
-from npedit_jax.training import stages, state, stopping, telemetry
+from npedit_jax.training import stages, state, stopping, telemetry, work
 from npedit_jax.training.checkpoint import Checkpoints
 from npedit_jax.training.faults import RunFault, TooManySkipped
 from npedit_jax.training.skip_limit import SkipLimit
@@ -59,7 +59,7 @@ def _run(
         logging.info("resumed from step %d", start)
     skipped = jax.device_get(train_state.skipped)
     limit = SkipLimit(guard.skipped_share, guard.window, stages.updates(config), start, skipped)
-    meter = telemetry.Meter(workdir, start, stages.work(config, stage))
+    meter = telemetry.Meter(workdir, start, work.of_step(config, stage))
     log = telemetry.MetricsLog(workdir, restored_step=start, wandb_project=config.log.wandb_project)
     profiler = telemetry.Profiler(workdir, config.log.profile_steps)
 

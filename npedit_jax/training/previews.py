@@ -17,9 +17,9 @@ from npedit_jax.data.tokenize import TextTokenizer
 from npedit_jax.models import lora
 from npedit_jax.objectives import feedback
 from npedit_jax.pixels import to_pixels, to_uint8
+from npedit_jax.sampling import Modules
 from npedit_jax.training import networks, stages
 from npedit_jax.training.edit_losses import answers
-from npedit_jax.training.stages import Modules
 from npedit_jax.training.state import TrainState
 
 COLUMNS = 8

@@ -10,25 +10,18 @@ import flax.linen as nn
 import grain
 import jax
 import ml_collections
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from npedit_jax import chips, flops, parallel
-from npedit_jax.data import easyvqa, pipeline, questions, scorer_pairs
-from npedit_jax.data.batches import Feed, Reading, arrays
-from npedit_jax.data.easyvqa_source import EasyVQASource
-from npedit_jax.data.records import Records
-from npedit_jax.data.sources import RecordSource, Source
-from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
+from npedit_jax import parallel
+from npedit_jax.data.batches import Reading
 from npedit_jax.models import lora
-from npedit_jax.training import edit_step, fields, networks, optimizer, state, steps, telemetry
+from npedit_jax.sampling import Modules
+from npedit_jax.training import datasets, edit_step, fields, networks, optimizer, state, steps
 from npedit_jax.training.edit_losses import EditSettings
 from npedit_jax.training.networks import Network
 
 Config = ml_collections.ConfigDict
-Modules = Mapping[str, nn.Module]
-TEXTS = ("caption_ids", "instruction_ids", "question_ids", "packed_ids")  # fields that hold each sample's own tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +87,9 @@ def build(config: Config) -> Stage:
         averaged=averaged(config),
         mesh=mesh,
         step=compiled_step(config, {name: network.params for name, network in made.items()}, modules, mesh),
-        dataset=DATASETS[config.stage](config, modules),
+        dataset=datasets.build(config, modules),
         reading=Reading(**config.data.reading),
-        inner_batches=inner_batches(config),
+        inner_batches=datasets.inner_batches(config),
         adapted=adapted(config),
         offload=offload(config),
     )
@@ -143,11 +136,6 @@ def make_mesh(config: Config) -> Mesh:
 def averaged(config: Config) -> tuple[str, ...]:
     """Trained networks of which an average is kept."""
     return ("student",) if config.stage == "npedit" else tuple(config.optimizer)
-
-
-def inner_batches(config: Config) -> int:
-    """Length of the axis before the batch axis, 0 for none."""
-    return config.fake_updates + 1 if config.stage == "npedit" else 0
 
 
 def updates(config: Config) -> dict[str, int]:
@@ -229,44 +217,6 @@ def expected_runs(config: Config) -> dict[str, float]:
     return {f"{name}/{n}": count * share for name, count in updates.items() for n, share in shares.items()}
 
 
-def work(config: Config, stage: Stage) -> telemetry.Work:
-    """What a step works through. FLOPs are counted, which takes a trace, where the device's peak is known."""
-    batch = arrays(stage.dataset[0])
-    images = max((x for x in batch.values() if x.dtype == np.uint8), key=lambda x: x.size)
-    leading, (places, of) = (2 if stage.inner_batches else 1), parallel.host_places(stage.mesh)
-    hosts = of // len(places)
-    samples = int(np.prod(images.shape[:leading])) * hosts
-    texts = sum(int(np.prod(batch[name].shape[leading:])) for name in TEXTS if name in batch)
-    patches = int(np.prod(images.shape[leading:-1])) // _patch(stage) ** 2
-    peak = chips.peak_flops(stage.mesh.devices.flat[0])
-    needed = hosts * _useful_flops(config, stage, batch) if peak else 0.0
-    return telemetry.Work(samples, samples * (patches + texts), stage.mesh.size, needed, peak)
-
-
-def _patch(stage: Stage) -> int:
-    """Pixels along the side of what the first network that looks at pictures takes as a token."""
-    modules = stage.modules
-    denoiser = next((modules[name] for name in ("student", "denoiser") if name in modules), None)
-    if denoiser is not None:
-        return modules["autoencoder"].downscale * denoiser.patch_size
-    return modules["scorer"].vision.patch_size if "scorer" in modules else modules["autoencoder"].downscale
-
-
-def _useful_flops(config: Config, stage: Stage, batch: Mapping[str, np.ndarray]) -> float:
-    """FLOPs of a step on a host's batch, on average over the unroll's length."""
-    if config.stage == "npedit":  # of one program for both lengths only the longer could be counted
-        config = config.copy_and_resolve_references()
-        config.separate_steps = True
-    functions = step_functions(config, {name: flops.plain(module) for name, module in stage.modules.items()})
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    params = {name: jax.tree.map(shape, network.params) for name, network in stage.networks.items()}
-    trained = {name: params.pop(name) for name in stage.rules}
-    start = jax.eval_shape(functools.partial(state.create, rules=stage.rules, averaged=stage.averaged), trained)
-    one = {name: x[0] if separate(config) else x for name, x in batch.items()}
-    arguments = (start, params, jax.tree.map(shape, one), jax.eval_shape(lambda: jax.random.key(0)))
-    return sum(runs * flops.useful(functions[name], *arguments) for name, runs in expected_runs(config).items())
-
-
 def whole(config: Config, trained: Mapping[str, Any]) -> dict[str, Any]:
     """Trained parameters as a checkpoint keeps them, with adapters merged into their base's weights, which are read."""
     merged = {
@@ -346,114 +296,4 @@ STEPS: Mapping[str, Callable[[Config, Modules, steps.Rules], steps.Step]] = {
     "warmup": functools.partial(_student_flow_step, target="reference", text="caption"),
     "npedit": _npedit_step,
     "supervised": functools.partial(_student_flow_step, target="target", text="instruction"),
-}
-
-
-def _feed(config: Config) -> Feed:
-    mesh = make_mesh(config)
-    places, of = parallel.host_places(mesh)
-    parts = config.step.get("accumulate", 1)
-    if config.batch_size % (of * parts):
-        raise ValueError(
-            f"batch_size must be a multiple of {of} x {parts}: the places of mesh axes data and fsdp that the samples "
-            f"are spread over, times the parts of step.accumulate; found {config.batch_size}. Change one of them"
-        )
-    return Feed(config.seed, config.batch_size * len(places) // of, places, of, inner_batches(config))
-
-
-def _images(config: Config, modules: Modules) -> grain.MapDataset:
-    del modules
-    source, options = _source(config)
-    return pipeline.stage_dataset(config.stage, source, _feed(config), **options)
-
-
-def _images_with_text(config: Config, modules: Modules) -> grain.MapDataset:
-    del modules
-    source, options = _source(config)
-    return pipeline.stage_dataset(config.stage, source, _feed(config), text=_text(config), **options)
-
-
-def _easyvqa_pairs(config: Config, modules: Modules) -> grain.MapDataset:
-    del modules
-    data, options = easyvqa.load("train"), config.data.options.to_dict()
-    return pipeline.supervised(data, _feed(config), text=_text(config), **options)
-
-
-def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
-    templates, data = questions.templates(config.data.templates), easyvqa.load("train")
-    pairs = scorer_pairs.PairSource(data, templates, config.data.options.questions)
-    tokenizer = _questions(config, modules["scorer"].image_tokens)
-    options = dict(tokenizer=tokenizer, templates=templates, pairs=pairs, **config.data.options.to_dict())
-    return pipeline.scorer(data, _feed(config), **options)
-
-
-def _edits(config: Config, modules: Modules) -> grain.MapDataset:
-    source, options = _source(config)
-    weights = options.pop("edit_weights")
-    tasks = {"": pipeline.Task(source, weights, questions.templates(config.data.templates))}
-    if "tasks" in config.data:
-        tasks = {name: _task(config, name, weights) for name in config.data.tasks}
-    scorer = _questions(config, modules["scorer"].image_tokens)
-    return pipeline.npedit(tasks, _feed(config), text=_text(config), scorer=scorer, **options)
-
-
-def _task(config: Config, name: str, weights: Mapping[str, float]) -> pipeline.Task:
-    """One of several tasks: editing with all edit types, or another, which is an edit type of its own."""
-    spec = config.data.tasks[name]
-    source, _ = _source(config, spec.records or config.data.records)
-    return pipeline.Task(
-        source,
-        weights if name == "editing" else {name: 1.0},
-        questions.templates(spec.templates),
-        questions.TASK_PREFIXES[name] if config.data.task_prefix else "",
-        spec.weight,
-    )
-
-
-def _source(config: Config, records: str = "") -> tuple[Source, dict[str, Any]]:
-    """Where samples come from, and the options that are left for the stage."""
-    options = config.data.options.to_dict()
-    fraction = options.pop("fraction")
-    if "records" not in config.data:
-        return EasyVQASource(easyvqa.load("train").fraction(fraction)), options
-    sets, weights = _sets(records or config.data.records)
-    flip = options.pop("flip")
-    return RecordSource(sets, config.data.buckets, weights=weights, fraction=fraction, flip=flip), options
-
-
-def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:
-    """Sets of records by their name, and their weights: "DIR" or "DIR=WEIGHT,DIR=WEIGHT".
-
-    The name is the manifest's, or else the directory's: of all prepared sets that is "1.0.0".
-    """
-    sets, weights = {}, {}
-    for path in paths.split(","):
-        directory, _, weight = path.partition("=")
-        found = Records(directory)
-        name = found.manifest.get("name") or found.directory.name
-        if name in sets:
-            told = "give one another name in its manifest.json"
-            raise ValueError(f"two sets of records are called {name!r} in {paths!r}; {told}")
-        sets[name] = found
-        weights |= {name: float(weight)} if weight else {}
-    return sets, weights
-
-
-def _text(config: Config) -> TextTokenizer:
-    return TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
-
-
-def _questions(config: Config, image_tokens: int) -> ScorerTokenizer:
-    return ScorerTokenizer(
-        networks.resolve(config.data.scorer_tokenizer), image_tokens=image_tokens, length=config.data.question_length
-    )
-
-
-DATASETS: Mapping[str, Callable[[Config, Modules], grain.MapDataset]] = {
-    "autoencoder": _images,
-    "base": _images_with_text,
-    "scorer": _scorer_pairs,
-    "warmup": _images_with_text,
-    "npedit": _edits,
-    "supervised": _easyvqa_pairs,
 }

@@ -16,14 +16,13 @@ from npedit_jax.models import lora
 from npedit_jax.models.scorer import ScorerOutput
 from npedit_jax.objectives import feedback, flow
 from npedit_jax.pixels import to_pixels
-from npedit_jax.sampling import encode_image, encode_text
+from npedit_jax.sampling import Modules, encode_image, encode_text
 from npedit_jax.training import accumulation
 from npedit_jax.training import state as states
 
 Params = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Modules = Mapping[str, nn.Module]
 Rules = Mapping[str, optax.GradientTransformation]
 UNPACKED = ("question_ids", "question_mask", "image_index")
 PACKED = ("packed_ids", "packed_positions", "packed_segments", "packed_image_index", "answer_place")

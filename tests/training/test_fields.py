@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from npedit_jax.training import fields, stages
+from npedit_jax.training import datasets, fields, stages
 from tests.training.tiny import autoencoder_config
 from tests.training.tiny_networks import lora_config as adapted_config
 
@@ -18,9 +18,9 @@ def test_the_stages_are_those_that_have_fields():
 
 
 def test_templates_of_another_name_are_told():
-    config = ConfigDict(dict(data=dict(templates="painting")))
+    config = ConfigDict(dict(stage="scorer", data=dict(templates="painting")))
     with pytest.raises(ValueError, match="unknown question templates 'painting'"):
-        stages.DATASETS["scorer"](config, {})
+        datasets.build(config, {})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from npedit_jax.data.batches import TooManyBadRecords
-from npedit_jax.training import stages, steps
+from npedit_jax.training import datasets, stages, steps
 from npedit_jax.training.checkpoint import Checkpoints
 from tests.data import record_sets
 from tests.training import runs
@@ -48,11 +48,11 @@ def test_sets_are_told_apart_by_their_own_names(tmp_path):
     paths = {name: tmp_path / name / "1.0.0" for name in ("cats", "dogs", "1.0.0")}
     for name, path in paths.items():
         record_sets.write(path, record_sets.photograph_records(1), name if name != "1.0.0" else "")
-    sets, weights = stages._sets(",".join(f"{path}={number}" for number, path in enumerate(paths.values())))
+    sets, weights = datasets._sets(",".join(f"{path}={number}" for number, path in enumerate(paths.values())))
     assert {name: found.directory for name, found in sets.items()} == paths
     assert weights == {"cats": 0.0, "dogs": 1.0, "1.0.0": 2.0}
     with pytest.raises(ValueError, match="two sets of records are called 'dogs'.*manifest.json"):
-        stages._sets(f"{paths['dogs']},{paths['dogs']}/")
+        datasets._sets(f"{paths['dogs']},{paths['dogs']}/")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from npedit_jax.training import optimizer, stages
+from npedit_jax.training import datasets, optimizer, stages
 from npedit_jax.training.edit_losses import EditSettings
 from tests.training.tiny import autoencoder_config
 
@@ -28,11 +28,11 @@ def test_every_part_of_a_batch_must_fill_the_mesh():
     config = autoencoder_config()
     config.batch_size = 6
     config.mesh.data = 1
-    assert stages._feed(config).batch_size == 6
+    assert datasets._feed(config).batch_size == 6
     with config.unlocked():
         config.step.accumulate = 4
     with pytest.raises(ValueError, match="multiple of 1 x 4: .*step.accumulate; found 6"):
-        stages._feed(config)
+        datasets._feed(config)
 
 
 @pytest.mark.parametrize(
