@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
             reading=dict(workers=0, threads=1, buffer=4, max_bad_share=0.01),
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
-            options=dict(fraction=1.0, caption_dropout=0.1),
+            # Under an instruction too the reference is copied: what follows instructions is learned in the edit stage.
+            options=dict(fraction=1.0, caption_dropout=0.1, instruction_share=0.4),
         )
     )
     # Copying matters most at pure noise, where the few-step editor starts.

@@ -30,7 +30,7 @@ class EasyVQASource:
         return {name: self._pool(share, self._edit, name) for name, share in shares.items()}
 
     def captioned(self) -> dict[str, Pool]:
-        """Every image with its own caption."""
+        """Every image with its own caption, and an instruction that it could get."""
         return {"all": self._pool(1.0, self._captioned, self._own)}
 
     def pictures(
@@ -68,7 +68,9 @@ class EasyVQASource:
     def _captioned(self, draw: _Picture, bucket: int, number: int, rng: np.random.Generator) -> Example:
         del bucket
         image, shape = draw(number, rng)
-        return Example(image, "", "", easyvqa.caption(shape, rng), "", f"easyvqa/{number}")
+        caption = easyvqa.caption(shape, rng)
+        instruction = easyvqa.draw_edit(rng, shape, easyvqa.pick(self.edit_types, rng)).instruction
+        return Example(image, instruction, "", caption, "", f"easyvqa/{number}")
 
     def _instructed(self, share: float, draw: _Picture, bucket: int, number: int, rng: np.random.Generator) -> Example:
         """An instruction in the place of a share of the captions."""

@@ -76,13 +76,20 @@ def base(
       caption_dropout: probability of the empty caption.
       pictures: options of the source's `pictures`.
     """
-    build = functools.partial(_captioned, TextCache(text), "image", caption_dropout)
+    build = functools.partial(_captioned, TextCache(text), "image", caption_dropout, 0.0)
     return batches(_streams(source.pictures(**pictures), source, build), feed)
 
 
-def warmup(source: Source, feed: Feed, *, text: TextTokenizer, caption_dropout: float = 0.1) -> grain.MapDataset:
-    """As `base`, with "reference" in the place of "image": images of the data alone, each with its own caption."""
-    build = functools.partial(_captioned, TextCache(text), "reference", caption_dropout)
+def warmup(
+    source: Source, feed: Feed, *, text: TextTokenizer, caption_dropout: float = 0.1, instruction_share: float = 0.0
+) -> grain.MapDataset:
+    """As `base`, with "reference" in the place of "image": images of the data alone, each with its own caption.
+
+    Args:
+      instruction_share: probability that an edit's instruction, where the sample has one, is the text instead. A
+        student whose base was taught with instructions as well would follow some of them, and shall copy here.
+    """
+    build = functools.partial(_captioned, TextCache(text), "reference", caption_dropout, instruction_share)
     return batches(_streams(source.captioned(), source, build), feed)
 
 
@@ -260,9 +267,11 @@ def _check_edit_types(task: Task, guidance: Mapping[str, float]) -> None:
 
 
 def _captioned(
-    captions: TextCache, image: str, dropout: float, example: Example, rng: np.random.Generator
+    captions: TextCache, image: str, dropout: float, instructed: float, example: Example, rng: np.random.Generator
 ) -> tuple[Sample, bool]:
     words = "" if rng.random() < dropout else example.input_caption
+    if rng.random() < instructed:
+        words = example.instruction or words
     fields, cut = captions.fields("caption", words)
     return {image: example.image, **fields}, cut
 

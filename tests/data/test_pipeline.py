@@ -262,6 +262,22 @@ def test_base_pictures_fit_their_captions(make, data, tokenizers):
     assert counts["plain"] == 20 and 25 <= counts["empty"] <= 60
 
 
+def test_the_warm_up_copies_under_instructions_as_well(make, data, tokenizers):
+    batch = make("warmup", Feed(0, 400), caption_dropout=0.1, instruction_share=0.4)[0]
+    numbers, kinds = image_numbers(data, batch["reference"]), collections.Counter()
+    for number, ids, mask in zip(numbers, batch["caption_ids"], batch["caption_mask"], strict=True):
+        words, shape = tokenizers[0]._tokenizer.decode(ids[mask].tolist()).split(), data.shapes[number]
+        captioned = set(words) & set(easyvqa.COLORS) == {shape.color} and shape.kind in words
+        kinds["empty" if not words else "caption" if captioned and words[0] == "a" else "instruction"] += 1
+    assert 20 <= kinds["empty"] <= 60 and 120 <= kinds["instruction"] <= 220, kinds
+    alone = make("warmup", Feed(0, 400), caption_dropout=0.1)[0]
+    assert not {"make", "remove", "replace"} & {
+        word
+        for ids, mask in zip(alone["caption_ids"], alone["caption_mask"], strict=True)
+        for word in tokenizers[0]._tokenizer.decode(ids[mask].tolist()).split()
+    }
+
+
 def test_flips_and_redrawn_pictures(make, data):
     batch = make("autoencoder", Feed(0, 64), plain_share=0.0, redraw=0.0, flip=0.0)[0]
     image_numbers(data, batch["image"])

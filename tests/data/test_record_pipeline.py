@@ -185,6 +185,10 @@ def test_warm_up_and_base_show_images_with_their_own_captions(found, made):
         for id, ids, mask in zip(ids_of(batch), batch["caption_ids"], batch["caption_mask"], strict=True):
             assert f"photograph {int(id.split('/')[1])}" in words(text, ids, mask)
         assert batch[name].shape[1:3] in BUCKETS and batch["weight"].tolist() == [1.0] * 8
+    batch = pipeline.warmup(source, Feed(0, 8), text=text, caption_dropout=0.0, instruction_share=1.0)[3]
+    for id, ids, mask in zip(ids_of(batch), batch["caption_ids"], batch["caption_mask"], strict=True):
+        record = made[int(id.split("/")[1])]
+        assert (record.instruction or record.input_caption) in words(text, ids, mask)
 
 
 BAD = {
