@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, SOFT = "white", "#1c1e21", "#62666d"
 LARGEST = 384  # pixels of a picture's longer side on the sheet
-SMALLEST = 128  # pixels of its shorter side, so that captions have room
+SMALLEST = 192  # pixels of its shorter side, so that captions have room
 
 
 class Cell(NamedTuple):
@@ -17,8 +17,8 @@ class Cell(NamedTuple):
     lines: tuple[str, ...] = ()
 
 
-def draw(rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
-    """Draws rows of (title, cells); pictures of one sheet are scaled alike."""
+def draw(rows: Sequence[tuple[str, Sequence[Cell]]], abreast: int = 1) -> Image.Image:
+    """Draws rows of (title, cells), so many of them side by side; pictures of one sheet are scaled alike."""
     pictures = [cell.image for _, cells in rows for cell in cells]
     longest = max(max(image.size) for image in pictures)
     scale = LARGEST / longest if longest > LARGEST else max(1, SMALLEST // min(min(image.size) for image in pictures))
@@ -28,14 +28,15 @@ def draw(rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
     gap, title_height, line = 16, 34, 19
     captions = line * max(len(cell.lines) for _, cells in rows for cell in cells)
     row_height = title_height + height + captions + gap
-    columns = max(len(cells) for _, cells in rows)
-    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * row_height), PAPER)
+    row_width = max(len(cells) for _, cells in rows) * (width + gap)
+    abreast = min(abreast, len(rows))
+    sheet = Image.new("RGB", (gap + abreast * row_width, gap - len(rows) // -abreast * row_height), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, (heading, cells) in enumerate(rows):
-        top = gap + number * row_height
-        pen.text((gap, top), _fit(heading, title, sheet.width - 2 * gap), INK, title)
+        top, start = gap + number // abreast * row_height, gap + number % abreast * row_width
+        pen.text((start, top), _fit(heading, title, row_width - gap), INK, title)
         for column, cell in enumerate(cells):
-            left = gap + column * (width + gap)
+            left = start + column * (width + gap)
             size = round(cell.image.width * scale), round(cell.image.height * scale)
             method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
             sheet.paste(cell.image.resize(size, method), (left, top + title_height))
@@ -43,6 +44,12 @@ def draw(rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
                 where = left, top + title_height + height + 4 + place * line
                 pen.text(where, _fit(words, text, width), SOFT, text)
     return sheet
+
+
+def scores(done: float | None, kept: float | None) -> tuple[str, ...]:
+    """The line that tells the scorer's probabilities, without those that are None; no line without any."""
+    told = [f"{name} {value:.2f}" for name, value in (("done", done), ("rest kept", kept)) if value is not None]
+    return (", ".join(told),) if told else ()
 
 
 def _fit(words: str, font: ImageFont.FreeTypeFont, width: int) -> str:

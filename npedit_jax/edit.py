@@ -169,9 +169,7 @@ def sheet(
 
 
 def _lines(made: Edit) -> tuple[str, ...]:
-    if not made.scores:
-        return (f"seed {made.seed}",)
-    return f"seed {made.seed}", f"done {made.scores[0]:.2f}   rest kept {made.scores[1]:.2f}"
+    return f"seed {made.seed}", *contact_sheet.scores(*made.scores or (None, None))
 
 
 def make(checkpoint: str, requests: Sequence[Request], options: Options) -> Iterator[tuple[int, Edit]]:

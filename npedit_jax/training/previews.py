@@ -77,15 +77,14 @@ class Previews:
         """Reference and edit side by side, under the text, with the scorer's probabilities where it was asked."""
         lines = []
         for number, pair in enumerate(zip(*rows, strict=True)):
-            scores = [
-                f"{name} {told['right'][number, place]:.2f}"
-                for place, name in enumerate(("done", "rest kept"))
-                if "right" in told and told["question_weight"][number, place]
-            ]
+            scores = [None, None]
+            if "right" in told:
+                asked = told["question_weight"][number]
+                scores = [right if weight else None for right, weight in zip(told["right"][number], asked, strict=True)]
             cells = [contact_sheet.Cell(Image.fromarray(image)) for image in pair]
-            cells[-1] = cells[-1]._replace(lines=("   ".join(scores),) if scores else ())
+            cells[-1] = cells[-1]._replace(lines=contact_sheet.scores(*scores))
             lines.append((self._text.read(told["ids"][number][told["mask"][number]]), cells))
-        return contact_sheet.draw(lines)
+        return contact_sheet.draw(lines, abreast=2)
 
 
 def _notes(
