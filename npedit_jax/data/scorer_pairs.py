@@ -20,13 +20,24 @@ from npedit_jax.data.easyvqa import Edit, Shape, pick
 from npedit_jax.data.easyvqa_edits import Scene
 
 EDIT_SHARES = {"recolor": 0.3, "remove": 0.25, "replace": 0.35, "nothing": 0.1}
-CANDIDATE_SHARES = {"whole": 0.2, "copy": 0.1, "fade": 0.2, "morph": 0.2, "part": 0.08, "wrong": 0.16, "soft": 0.06}
+CANDIDATE_SHARES = {
+    "whole": 0.16,
+    "copy": 0.09,
+    "fade": 0.17,
+    "morph": 0.15,
+    "warp": 0.2,
+    "part": 0.06,
+    "wrong": 0.13,
+    "soft": 0.04,
+}
 UNRELATED_SHARE = 0.1  # candidates that show another image: from them comparing is learned first
 IDENTITY_WEIGHT = 2.0  # comparing images is the hardest of all that is asked
 VQA_SHARE = 0.35
 SIDE_EFFECT_SHARE = 0.5
 REMOVAL_SHOWN_ALONE = 0.6  # of the removals, the rest shows both images
 SURE = 0.98  # no answer is certain
+# How uneven a new outline may be, in pixels, until it is as likely as not read as none of the classes.
+UNEVEN = {"circle": 1.3, "rectangle": 0.6, "triangle": 1.3}
 BLUNT = 0.75  # share of the way to a new outline up to which it is rather none of the classes
 # Mean absolute change outside the edit, 0 to 255: below the first all is the same, above the second it is not.
 SAME, CHANGED = 2.0, 9.0
@@ -196,6 +207,8 @@ def candidate(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
         sigma = rng.uniform(0.3, 3.5)
         crisp = falls(sigma, 0.6, 1.8) if edit.edit_type == "replace" else falls(sigma, 1.5, 3.5)
         return Candidate(blur(after, sigma), crisp, 0.0, 0.5 + 0.5 * crisp)
+    if kind == "warp" and edit.edit_type != "remove":
+        return warped(goal_scene, edit, float(np.exp(rng.uniform(np.log(0.2), np.log(4.0)))), rng)
     if kind == "morph" and edit.edit_type == "replace":
         # Blunt outlines are what an editor makes first: on the way from the old class, or from the third one.
         others = [kind for kind in easyvqa.CLASSES if kind != edit.target.kind]
@@ -230,6 +243,27 @@ def inside(alpha: np.ndarray) -> np.ndarray:
     edge = np.where((alpha > 0.0) & (alpha < 1.0), alpha - 0.5, 0.0)
     far = ndimage.distance_transform_edt(shape) - ndimage.distance_transform_edt(~shape)
     return far - 0.5 * np.sign(far) + edge
+
+
+def warped(goal_scene: Scene, edit: Edit, amplitude: float, rng: np.random.Generator) -> Candidate:
+    """The finished edit with an uneven outline: how a new shape has to look is stricter than how an old one may."""
+    made = uneven(goal_scene, amplitude, rng)
+    if edit.edit_type == "replace":
+        done = 1.0 / (1.0 + (amplitude / UNEVEN[edit.target.kind]) ** 3)
+        return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
+    both, either = np.minimum(made.alpha, goal_scene.alpha), np.maximum(made.alpha, goal_scene.alpha)
+    missing = 1.0 - float(both.sum() / either.sum())
+    same = falls(missing, 0.1, 0.4)
+    done = same if edit.edit_type == "nothing" else falls(missing, 0.2, 0.6)
+    return Candidate(np.float32(made.render()), done, 0.0, same, edit.target if missing < 0.2 else None)
+
+
+def uneven(scene: Scene, amplitude: float, rng: np.random.Generator) -> Scene:
+    """The shape's outline pushed in and out by a smooth random field, `amplitude` pixels in the root mean square."""
+    height, coarse = inside(scene.alpha), rng.normal(size=[int(rng.integers(4, 11))] * 2).astype(np.float32)
+    field = np.asarray(Image.fromarray(coarse).resize(height.shape[::-1], Image.Resampling.BICUBIC))
+    field = field / np.sqrt(np.mean(field[np.abs(height) < 2.0] ** 2))
+    return dataclasses.replace(scene, alpha=np.float32(np.clip(height + amplitude * field + 0.5, 0.0, 1.0)))
 
 
 def wrong_nothing(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:

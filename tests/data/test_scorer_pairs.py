@@ -144,6 +144,39 @@ def test_outlines_on_the_way_are_crisp_and_those_far_from_both_are_of_no_class(k
     assert answers == sorted(answers) and answers[8] < 0.2 and answers[-2] > 0.9
 
 
+@pytest.mark.parametrize("kind", easyvqa.CLASSES)
+def test_uneven_outlines_are_answered_as_strictly_as_they_are_judged(kind, source, data):
+    rng, judged, answers = np.random.default_rng(0), {0.35: [], 1.0: [], 3.0: []}, {0.35: [], 1.0: [], 3.0: []}
+    for index in [index for index, shape in enumerate(data.shapes) if shape.kind != kind][:80]:
+        scene, before = source.scene(index), data.shapes[index]
+        edit = easyvqa.Edit("replace", "", before, easyvqa.Shape(before.color, kind))
+        for times in judged:
+            amplitude = times * scorer_pairs.UNEVEN[kind]
+            made = scorer_pairs.warped(scorer_pairs.goal(scene, edit, rng), edit, amplitude, rng)
+            image = scorer_pairs.to_uint8(made.pixels)
+            judged[times].append(easyvqa_judge.judge(data.images[index], image, edit).done)
+            answers[times].append(made.done)
+            assert made.same == 1.0 and (made.shape is None) == (made.done <= scorer_pairs.BLUNT)
+    share = {times: np.mean(done) for times, done in judged.items()}
+    assert share[0.35] > 0.7 and 0.15 < share[1.0] < 0.85 and share[3.0] < 0.3, share
+    assert min(answers[0.35]) > 0.9 and max(answers[3.0]) < 0.1 and set(answers[1.0]) == {0.5}
+
+
+@pytest.mark.parametrize("edit_type", ["recolor", "nothing"])
+def test_an_old_outline_may_be_uneven_as_far_as_it_covers_the_old_one(edit_type, source, data):
+    rng, judged = np.random.default_rng(0), {True: [], False: []}
+    for index in range(150):
+        edit = easyvqa.draw_edit(rng, data.shapes[index], edit_type)
+        amplitude = float(np.exp(rng.uniform(-1.5, 1.5)))
+        made = scorer_pairs.warped(scorer_pairs.goal(source.scene(index), edit, rng), edit, amplitude, rng)
+        done = easyvqa_judge.judge(data.images[index], scorer_pairs.to_uint8(made.pixels), edit).done
+        assert made.same <= made.done
+        if not 0.35 < made.done < 0.65:
+            judged[made.done > 0.5].append(done)
+    assert len(judged[True]) > 30 and np.mean(judged[True]) > 0.9
+    assert len(judged[False]) > 10 and np.mean(judged[False]) < 0.4
+
+
 def test_side_effects_lower_the_identity_answer_by_how_much_changed(source):
     rng = np.random.default_rng(0)
     scene = source.scene(3)
