@@ -99,8 +99,8 @@ def _here(word: str, server: str) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    # What try.md shows is what tests/test_edit.py runs, option by option.
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name == "try.md" else []) for page in PAGES],
+    # What these show is what tests/test_edit.py and tests/evaluation run, option by option.
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in ("try.md", "evaluate.md") else []) for page in PAGES],
     ids=lambda page: page.name,
 )
 def test_commands_of_a_page_run_in_their_order(page, sandbox, monkeypatch):
