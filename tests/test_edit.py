@@ -232,6 +232,7 @@ def _edit_on_two_devices(run, file):
     assert meshes == [{"data": 2, "fsdp": 1, "tensor": 1}]  # known inside the program: XLA cannot split a kernel itself
 
 
+@pytest.mark.slow
 def test_batch_is_spread_over_the_devices(run, editor, tmp_path):
     process = CONTEXT.Process(target=_edit_on_two_devices, args=(run, tmp_path / "edits.npy"))
     process.start()

@@ -127,7 +127,12 @@ def _running(pid: int) -> bool:
     ("harm", "before", "told"),
     [
         pytest.param(signal.SIGKILL, None, "the data pipeline failed: ", marks=pytest.mark.slow),  # see above
-        (signal.SIGSTOP, functools.partial(_patient_with_the_first, 1, 5.0), "no batch came within 5 s"),
+        pytest.param(
+            signal.SIGSTOP,
+            functools.partial(_patient_with_the_first, 1, 5.0),
+            "no batch came within 5 s",
+            marks=pytest.mark.slow,  # a thread that hangs is ended above
+        ),
     ],
     ids=["killed", "hangs"],
 )

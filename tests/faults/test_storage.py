@@ -37,6 +37,7 @@ def _small_disk(path, kilobytes):
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
+@pytest.mark.slow
 @needs_mount
 def test_disk_full_and_then_not(tmp_path):
     workdir = tmp_path / "disk" / "run"
