@@ -94,9 +94,9 @@ def is_ragged_rectangle(box: np.ndarray) -> bool:
     """Whether a bounding box is a rectangle once partly filled outermost lines, at most one a side, are left out.
 
     An edge between two pixels is half ground, half shape, and a grey level decides which of its pixels count. Small
-    boxes are left alone: a circle of twelve pixels without its outermost lines is nearly full.
+    boxes that are about square are left alone: a circle of twelve pixels without its outermost lines is nearly full.
     """
-    if min(box.shape) < 14:
+    if min(box.shape) < 14 and max(box.shape) < 1.25 * min(box.shape):
         return False
     ragged = [int(line.mean() < 0.85) for line in (box[0], box[-1], box[:, 0], box[:, -1])]
     top, bottom, left, right = ragged

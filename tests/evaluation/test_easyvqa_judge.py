@@ -68,6 +68,19 @@ def test_edits_by_hand_are_done_and_keep_the_rest(test_split, edit_type):
         assert judgement.kept_error <= 0.5, edit
 
 
+def test_a_small_rectangle_may_have_a_line_of_pixels_half_filled_at_a_side():
+    """As its round trip through an autoencoder has, however narrow it is; about square it could be a circle."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        height = int(rng.integers(6, 13))
+        width = round(height * rng.uniform(1.6, 3.0))
+        image = np.full((64, 64, 3), (230, 240, 250), np.uint8)
+        image[20 : 20 + height, 10 : 10 + width] = easyvqa.PALETTE["teal"]
+        image[20 + height, 10 + rng.permutation(width)[: width // 2]] = easyvqa.PALETTE["teal"]
+        image = np.rot90(image, rng.integers(4))
+        assert easyvqa_reading.read(image).kind == "rectangle", (height, width)
+
+
 def test_doing_nothing_is_judged_by_shape_and_colour(test_split, readings):
     images = test_split.images
     assert share_done(test_split, readings, "nothing", lambda index, edit: images[index]) == 1
