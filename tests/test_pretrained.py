@@ -1,8 +1,8 @@
 """The shipped networks of the small experiment load strictly, fit its configs and do what they are for."""
 
 import functools
-import importlib.util
 import pathlib
+import runpy
 
 import pytest
 
@@ -26,10 +26,7 @@ FLOORS = {
 
 
 def _config(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / "easyvqa" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(ROOT / "configs" / "easyvqa" / f"{name}.py"))["get_config"]()
 
 
 def test_they_are_small_enough_to_ship():

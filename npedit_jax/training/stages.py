@@ -76,7 +76,7 @@ def build(config: Config) -> Stage:
       ValueError: unknown stage.
     """
     check(config)
-    mesh = make_mesh(config)
+    mesh = parallel.make_mesh(**config.mesh.to_dict())
     made = {
         name: _on_host(make()) if name in offload(config) else make() for name, make in _makers(config, mesh).items()
     }
@@ -126,11 +126,6 @@ def frozen_shardings(mesh: Mesh, frozen: Mapping[str, Any], offload: Collection[
     """Where each frozen parameter lies between programs."""
     found = {name: parallel.parameter_shardings(mesh, tree) for name, tree in frozen.items()}
     return {name: parallel.on_host(tree) if name in offload else tree for name, tree in found.items()}
-
-
-def make_mesh(config: Config) -> Mesh:
-    """The mesh of a config, over all devices of the job."""
-    return parallel.make_mesh(**config.mesh.to_dict())
 
 
 def averaged(config: Config) -> tuple[str, ...]:

@@ -338,7 +338,7 @@ def alone(number: int):
     return total, gradients
 
 
-@pytest.mark.parametrize("counted", [(0, 1, 2, 3), (0, 1, 3)])
+@pytest.mark.parametrize("counted", [(0, 1, 2, 3), (1, 2, 3)])
 def test_a_batch_of_four_gives_the_mean_of_its_samples(counted):
     """Of those that count: samples of weight 0 change nothing."""
     join = lambda *trees: jax.tree.map(lambda *x: jnp.concatenate(x), *trees)  # noqa: E731

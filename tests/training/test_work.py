@@ -22,7 +22,7 @@ def test_flops_are_counted_where_the_peak_is_known_and_follow_the_batch(monkeypa
     assert (larger.samples, larger.tokens, larger.peak_flops) == (6, 3 * found.tokens, 1e12)
 
 
-def test_an_edit_step_works_through_all_inner_batches(monkeypatch):
+def test_an_edit_step_works_through_all_inner_batches():
     config = easyvqa_config("npedit", fake_updates=3, batch_size=2)
     stage = stages.build(config)
     found = work.of_step(config, stage)
