@@ -1,25 +1,29 @@
 """The ablations of the paper's section 4.3 in small, on easy-VQA: `python benchmarks/easyvqa_ablations.py`.
 
 Every row is a run of `npedit_jax.train` with the same number of student updates at the same batch size, evaluated on
-the test images. Finished runs are skipped and a run that was stopped goes on where it was, so the script can be
-stopped at any time and started again. `--write` makes docs/ablations.md and its plot from the runs that are finished.
+the test images. The figures of finished runs are gathered in benchmarks/easyvqa_ablations.json: those runs are skipped,
+and a run that was stopped goes on where it was, so the script can be stopped at any time and started again. `--write`
+makes the table and the plot of docs/ablations.md from the figures.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 import runpy
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).parents[1]
 EDITS = ("recolor", "remove", "replace", "nothing")
 PAGE, PLOT = ROOT / "docs" / "ablations.md", ROOT / "docs" / "ablations.png"
+FIGURES = ROOT / "benchmarks" / "easyvqa_ablations.json"
+WEIGHTS = ROOT / "npedit_jax" / "pretrained" / "easyvqa"
 Summary = Mapping[str, Mapping[str, float]]
 
 
@@ -92,25 +96,62 @@ def train_scorer(size: str, output: pathlib.Path) -> pathlib.Path:
     return exported / "scorer"
 
 
-def train_and_score(name: str, seed: int, steps: int, output: pathlib.Path) -> None:
-    """One row with one seed, unless its figures are there already."""
+def train_and_score(name: str, seed: int, steps: int, output: pathlib.Path) -> Summary:
+    """One row with one seed; its figures per edit type."""
     row, workdir = ROWS[name], output / f"{name}-{seed}"
-    if (workdir / "evaluation" / "summary.json").exists():
-        return
-    changes = [f"seed={seed}", f"steps={steps}", *row.overrides]
-    if row.scorer:
-        changes.append(f"networks.scorer.directory={train_scorer(row.scorer, output)}")
-    print(f"== {row.title}, seed {seed}", flush=True)
-    config = ("--config", f"configs/easyvqa/{row.config}.py")
-    run("npedit_jax.train", *config, "--workdir", str(workdir), *override(*changes))
-    scored = ("--benchmark", "easyvqa", "--output", str(workdir / "evaluation"))
-    run("npedit_jax.evaluate", "--checkpoint", str(workdir), *scored)
+    summary = workdir / "evaluation" / "summary.json"
+    if not summary.exists():
+        changes = [f"seed={seed}", f"steps={steps}", *row.overrides]
+        if row.scorer:
+            changes.append(f"networks.scorer.directory={train_scorer(row.scorer, output)}")
+        print(f"== {row.title}, seed {seed}", flush=True)
+        config = ("--config", f"configs/easyvqa/{row.config}.py")
+        run("npedit_jax.train", *config, "--workdir", str(workdir), *override(*changes))
+        scored = ("--benchmark", "easyvqa", "--output", str(workdir / "evaluation"))
+        run("npedit_jax.evaluate", "--checkpoint", str(workdir), *scored)
+    return json.loads(summary.read_text())["edits"]
 
 
-def read(output: pathlib.Path) -> dict[str, list[Summary]]:
-    """The figures of the finished runs, by row, in the order of seeds."""
-    found = {name: sorted(output.glob(f"{name}-[0-9]/evaluation/summary.json")) for name in ROWS}
-    return {name: [json.loads(path.read_text())["edits"] for path in paths] for name, paths in found.items() if paths}
+class Figures:
+    """The figures of the finished runs in a file: of one set of shipped weights and one number of updates."""
+
+    def __init__(self, path: pathlib.Path, made_with: Mapping[str, object]):
+        """Raises: ValueError where the file's figures were made with something else."""
+        self._path = path
+        self._content = json.loads(path.read_text()) if path.exists() else {"made_with": dict(made_with), "runs": {}}
+        if self._content["made_with"] != made_with:
+            found = f"{path} has figures of {self._content['made_with']}, and asked for are those of {dict(made_with)}"
+            raise ValueError(f"{found}: move the file and the old runs away to begin again")
+
+    def has(self, name: str, seed: int) -> bool:
+        """Whether this run is finished."""
+        return str(seed) in self._content["runs"].get(name, {})
+
+    def add(self, name: str, seed: int, summary: Summary) -> None:
+        """Notes a finished run."""
+        self._content["runs"].setdefault(name, {})[str(seed)] = summary
+        self._path.write_text(json.dumps(self._content, indent=1) + "\n")
+
+    def rows(self) -> dict[str, list[Summary]]:
+        """Of the finished runs, by row, in the order of seeds."""
+        runs = self._content["runs"]
+        return {name: [runs[name][seed] for seed in sorted(runs[name])] for name in ROWS if name in runs}
+
+
+def in_rounds(names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The runs of these rows, (name, seed), seed by seed: the table is whole after the first round."""
+    for number in range(max(len(ROWS[name].seeds) for name in names)):
+        for name in names:
+            for seed in ROWS[name].seeds[number : number + 1]:
+                yield name, seed
+
+
+def digest(folder: pathlib.Path) -> str:
+    """Tells the shipped weights of one version from those of another."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def cell(values: Sequence[float], digits: int = 1) -> str:
@@ -172,17 +213,17 @@ def main() -> None:
     names = arguments.rows.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"unknown rows {unknown}; choose of {list(ROWS)}")
-    output = arguments.output.absolute()
+    try:
+        figures = Figures(FIGURES, {"steps": steps, "weights": digest(WEIGHTS)})
+    except ValueError as error:
+        parser.error(str(error))
     if not arguments.write:
-        # Seed by seed: the table is whole after the first round.
-        for round_number in range(max(len(ROWS[name].seeds) for name in names)):
-            for name in names:
-                if round_number < len(ROWS[name].seeds):
-                    train_and_score(name, ROWS[name].seeds[round_number], steps, output)
-    results = read(output)
+        for name, seed in in_rounds(names):
+            if not figures.has(name, seed):
+                figures.add(name, seed, train_and_score(name, seed, steps, arguments.output.absolute()))
     if arguments.write:
-        write(results)
-    print(table(results))
+        write(figures.rows())
+    print(table(figures.rows()))
 
 
 if __name__ == "__main__":
