@@ -541,19 +541,27 @@ def test_internvl_of_every_size_is_as_large_as_that_of_transformers(vision, lang
     assert count(shapes) == sum(x.numel() for x in theirs.parameters())
 
 
-def test_llava_onevision_7b_is_as_large_as_the_original():
+@pytest.mark.parametrize(("size", "tied"), [("0.5B", True), ("7B", False)])
+def test_llava_onevision_is_as_large_as_that_of_transformers(size, tied):
     config = {
         "model_type": "llava_onevision",
-        "vision_config": {"hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 16,
-                          "intermediate_size": 4304, "image_size": 384, "patch_size": 14, "vision_use_head": False},
-        "text_config": qwen2_5("7B", 152000),
+        "tie_word_embeddings": tied,
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 26,
+                          "num_attention_heads": 16, "intermediate_size": 4304, "image_size": 384, "patch_size": 14,
+                          "vision_use_head": False},
+        "text_config": qwen2_5(size, 152000) | {"tie_word_embeddings": tied},
     }  # fmt: skip
     module = llava_onevision.build(config, answer_ids=(2753, 9454))
     assert module.image_tokens == 730
     ids = jax.ShapeDtypeStruct((1, 1, 800), jnp.int32)
     images = jax.ShapeDtypeStruct((1, 1, 512, 384, 3), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images, ids, ids, ids)["params"]
-    assert count(shapes) + 2 * 1152 == 8_029_890_080  # SigLIP's final norm is unused
+    ours = count(shapes) + 2 * 1152  # SigLIP's final norm is unused
+    if size == "7B":
+        assert ours == 8_029_890_080
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**config))
+    assert ours == sum(x.numel() for x in theirs.parameters())
 
 
 @pytest.mark.parametrize(
