@@ -2,8 +2,9 @@
 
 Every row is a run of `npedit_jax.train` with the same number of student updates at the same batch size, evaluated on
 the test images. The figures of finished runs are gathered in benchmarks/easyvqa_ablations.json: those runs are skipped,
-and a run that was stopped goes on where it was, so the script can be stopped at any time and started again. `--write`
-makes the table and the plot of docs/ablations.md from the figures.
+and a run that was stopped goes on where it was, so the script can be stopped at any time and started again. Two of it
+side by side, each with rows of its own, get more out of two cores than one. `--write` makes the table and the plot of
+docs/ablations.md from the figures.
 """
 
 import argparse
@@ -16,8 +17,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
+
+from npedit_jax import atomic
 
 ROOT = pathlib.Path(__file__).parents[1]
 EDITS = ("recolor", "remove", "replace", "nothing")
@@ -117,24 +121,28 @@ class Figures:
 
     def __init__(self, path: pathlib.Path, made_with: Mapping[str, object]):
         """Raises: ValueError where the file's figures were made with something else."""
-        self._path = path
-        self._content = json.loads(path.read_text()) if path.exists() else {"made_with": dict(made_with), "runs": {}}
-        if self._content["made_with"] != made_with:
-            found = f"{path} has figures of {self._content['made_with']}, and asked for are those of {dict(made_with)}"
-            raise ValueError(f"{found}: move the file and the old runs away to begin again")
+        self._path, self._made_with = path, dict(made_with)
+        if (found := self._read()["made_with"]) != self._made_with:
+            differs = f"{path} has figures of {found}, and asked for are those of {self._made_with}"
+            raise ValueError(f"{differs}: move the file and the old runs away to begin again")
+
+    def _read(self) -> dict[str, Any]:
+        empty = {"made_with": self._made_with, "runs": {}}
+        return json.loads(self._path.read_text()) if self._path.exists() else empty
 
     def has(self, name: str, seed: int) -> bool:
         """Whether this run is finished."""
-        return str(seed) in self._content["runs"].get(name, {})
+        return str(seed) in self._read()["runs"].get(name, {})
 
     def add(self, name: str, seed: int, summary: Summary) -> None:
-        """Notes a finished run."""
-        self._content["runs"].setdefault(name, {})[str(seed)] = summary
-        self._path.write_text(json.dumps(self._content, indent=1) + "\n")
+        """Notes a finished run; other rows may be made by another process meanwhile."""
+        content = self._read()
+        content["runs"].setdefault(name, {})[str(seed)] = summary
+        atomic.write_text(self._path, json.dumps(content, indent=1) + "\n")
 
     def rows(self) -> dict[str, list[Summary]]:
         """Of the finished runs, by row, in the order of seeds."""
-        runs = self._content["runs"]
+        runs = self._read()["runs"]
         return {name: [runs[name][seed] for seed in sorted(runs[name])] for name in ROWS if name in runs}
 
 
