@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "npedit"
     config.seed = 0
-    config.steps = 540
+    config.steps = 520
     config.batch_size = 16
     config.fake_updates = 1  # per student update; 5 in the release, 10 in the paper
     config.separate_steps = False

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             text_tokenizer="package:pretrained/easyvqa/text_encoder",
             text_length=16,  # tokens
             # Under an instruction too the reference is copied: what follows instructions is learned in the edit stage.
-            options=dict(fraction=1.0, caption_dropout=0.1, instruction_share=0.1),
+            options=dict(fraction=1.0, caption_dropout=0.1, instruction_share=0.03),
         )
     )
     # Copying matters most at pure noise, where the few-step editor starts.
