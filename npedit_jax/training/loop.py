@@ -89,12 +89,16 @@ def _run(
             bar.update()
             stopped = stop.asked_for(step)
             last = step == config.steps or stopped
+            saves = checkpoints.due(step) or last
+            shows = preview is not None and (step % config.log.preview_every == 0 or step == config.steps)
+            if saves or shows:
+                jax.block_until_ready(metrics)  # steps under way are waited for here, where their time is counted
             with meter.apart():
-                if checkpoints.due(step) or last:
+                if saves:
                     pending = _log(log, bar, limit, pending)
                     log.flush()
                     checkpoints.save(step, train_state, batches.get_state(), force=last)
-                if preview and (step % config.log.preview_every == 0 or step == config.steps):
+                if shows:
                     preview(stage, train_state, frozen, step)
             if last:
                 break

@@ -1,5 +1,6 @@
 """A run end to end on a small autoencoder: its files, exact resumption, and the refusal to mix two runs."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -46,6 +47,29 @@ def test_hidden_transfer_in_a_step_is_an_error(tmp_path):
     stage = dataclasses.replace(stages.build(config), step=careless)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         loop.run(config, stage, tmp_path)
+
+
+def test_time_of_a_step_is_not_counted_as_that_of_saving(tmp_path, monkeypatch):
+    """A step goes on after it was begun: what is left of it would else be waited for while saving."""
+    config = autoencoder_config()
+    workdirs.open_run(tmp_path, config)
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 20_000, lambda _, x: x + jax.numpy.sin(x), x).sum())
+    x, none, begun, ready = jax.numpy.ones(5000), jax.numpy.zeros(()), [], []
+
+    def step(state, frozen, batch, rng):
+        begun.append(long(x))
+        return state, {"loss": begun[-1], "skipped/autoencoder": none}
+
+    @contextlib.contextmanager
+    def apart(meter):
+        ready.append(begun[-1].is_ready())
+        yield
+
+    monkeypatch.setattr(telemetry.Meter, "apart", apart)
+    loop.run(config, dataclasses.replace(stages.build(config), step=step), tmp_path)
+    saved = [number for number in range(1, 7) if number % config.checkpoint.every == 0 or number == 6]
+    assert len(ready) == 6 and all(ready[number - 1] for number in saved)
+    assert not all(ready), "the step is too short for this test"
 
 
 def test_training_lowers_the_loss(whole):
