@@ -30,14 +30,18 @@ CANDIDATE_SHARES = {
     "wrong": 0.13,
     "soft": 0.04,
 }
+# Examples by what they ask: the package's questions, how even a new outline is, or the editor's questions. Outlines are
+# the last thing to be seen: their answers stay at the mean until some ten thousand examples have shown nothing else.
+SHARES = {"vqa": 0.15, "outline": 0.4, "edit": 0.45}
+OUTLINE_SHARES = {"whole": 0.35, "warp": 0.45, "morph": 0.2}
 UNRELATED_SHARE = 0.1  # candidates that show another image: from them comparing is learned first
 IDENTITY_WEIGHT = 2.0  # comparing images is the hardest of all that is asked
-VQA_SHARE = 0.35
 SIDE_EFFECT_SHARE = 0.5
 REMOVAL_SHOWN_ALONE = 0.6  # of the removals, the rest shows both images
 SURE = 0.98  # no answer is certain
-# How uneven a new outline may be, in pixels, until it is as likely as not read as none of the classes.
-UNEVEN = {"circle": 1.3, "rectangle": 0.6, "triangle": 1.3}
+# How uneven a new outline is, in pixels, where Yes and No are as likely. As likely as not to be read as none of the
+# classes it is at 1.3, 0.6 and 1.3: an editor that learns from the answers has to be led further than that.
+UNEVEN = {"circle": 0.8, "rectangle": 0.4, "triangle": 0.8}
 BLUNT = 0.75  # share of the way to a new outline up to which it is rather none of the classes
 # Mean absolute change outside the edit, 0 to 255: below the first all is the same, above the second it is not.
 SAME, CHANGED = 2.0, 9.0
@@ -91,7 +95,8 @@ class PairSource:
 
     def __call__(self, index: int, rng: np.random.Generator) -> ScorerExample:
         """An example about one image of the data."""
-        return self._vqa(index, rng) if rng.random() < VQA_SHARE else self._edit(index, rng)
+        make = {"vqa": self._vqa, "outline": self._outline, "edit": self._edit}
+        return make[choose(SHARES, rng)](index, rng)
 
     def scene(self, index: int) -> Scene:
         """The image taken apart."""
@@ -113,6 +118,19 @@ class PairSource:
         if answer in ("yes", "no"):
             return Asked("vqa", text, sure(float(answer == "yes")))
         return Asked("vqa", text, SURE, answer)
+
+    def _outline(self, index: int, rng: np.random.Generator) -> ScorerExample:
+        """Whether a new outline is that of its class, and of which class the shape is where that is clear."""
+        reference = self._data.images[index]
+        edit = easyvqa.draw_edit(rng, self._data.shapes[index], "replace")
+        made = candidate(self.scene(index), edit, rng, OUTLINE_SHARES)
+        answers = [self._answer("edit", edit, made.done)]
+        for kind in easyvqa.CLASSES:
+            if kind == edit.target.kind or made.shape is not None:
+                text = self._templates["look"].text.format(question=f"is there a {kind} in image-2?")
+                answers.append(Asked("look", text, sure(made.done if kind == edit.target.kind else 0.0)))
+        pixels = to_uint8(spoil(made.pixels, rng))
+        return ScorerExample((reference, pixels), tuple(answers[: self._questions]), edit.edit_type)
 
     def _edit(self, index: int, rng: np.random.Generator) -> ScorerExample:
         """The questions that the editor will be asked, about a candidate of any quality.
@@ -181,12 +199,14 @@ def carried_out(other: Edit, edit: Edit, made: Candidate) -> float | None:
     return 0.0 if edit.edit_type not in (other.edit_type, "nothing") else None
 
 
-def candidate(scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
-    """What an editor might make of the scene when told to carry the edit out."""
+def candidate(
+    scene: Scene, edit: Edit, rng: np.random.Generator, shares: Mapping[str, float] = CANDIDATE_SHARES
+) -> Candidate:
+    """What an editor might make of the scene when told to carry the edit out; `shares`: of the kinds of candidates."""
     before = np.float32(scene.render())
     goal_scene = goal(scene, edit, rng)
     after = np.float32(goal_scene.render())
-    kind = choose(CANDIDATE_SHARES, rng)
+    kind = choose(shares, rng)
     if edit.edit_type == "nothing":
         if kind in ("fade", "wrong"):
             return wrong_nothing(scene, edit, rng)

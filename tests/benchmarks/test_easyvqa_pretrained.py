@@ -20,7 +20,7 @@ FIGURES = {
     "warmup": "remove: done, %",
     "scorer": "vqa: right of",
 }
-OPTIONS = {"base": dict(steps=2), "scorer": dict(rounds=1)}
+OPTIONS = {"base": dict(steps=2), "scorer": dict(rounds=8)}
 
 
 def _noise(kind, folder):

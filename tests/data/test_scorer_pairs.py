@@ -66,7 +66,7 @@ def test_looks_say_what_the_images_show(source, data):
 def test_an_unrelated_image_is_no_edit_and_not_the_same(monkeypatch, data, source):
     monkeypatch.setattr(scorer_pairs, "UNRELATED_SHARE", 1.0)
     monkeypatch.setattr(scorer_pairs, "SIDE_EFFECT_SHARE", 0.0)
-    monkeypatch.setattr(scorer_pairs, "VQA_SHARE", 0.0)
+    monkeypatch.setattr(scorer_pairs, "SHARES", {"edit": 1.0})
     counted = 0
     for index in range(60):
         example = source(index, np.random.default_rng(index))
@@ -145,8 +145,8 @@ def test_outlines_on_the_way_are_crisp_and_those_far_from_both_are_of_no_class(k
 
 
 @pytest.mark.parametrize("kind", easyvqa.CLASSES)
-def test_uneven_outlines_are_answered_as_strictly_as_they_are_judged(kind, source, data):
-    rng, judged, answers = np.random.default_rng(0), {0.35: [], 1.0: [], 3.0: []}, {0.35: [], 1.0: [], 3.0: []}
+def test_uneven_outlines_are_answered_at_least_as_strictly_as_they_are_judged(kind, source, data):
+    rng, judged, answers = np.random.default_rng(0), {0.35: [], 1.0: [], 4.0: []}, {0.35: [], 1.0: [], 4.0: []}
     for index in [index for index, shape in enumerate(data.shapes) if shape.kind != kind][:80]:
         scene, before = source.scene(index), data.shapes[index]
         edit = easyvqa.Edit("replace", "", before, easyvqa.Shape(before.color, kind))
@@ -158,8 +158,25 @@ def test_uneven_outlines_are_answered_as_strictly_as_they_are_judged(kind, sourc
             answers[times].append(made.done)
             assert made.same == 1.0 and (made.shape is None) == (made.done <= scorer_pairs.BLUNT)
     share = {times: np.mean(done) for times, done in judged.items()}
-    assert share[0.35] > 0.7 and 0.15 < share[1.0] < 0.85 and share[3.0] < 0.3, share
-    assert min(answers[0.35]) > 0.9 and max(answers[3.0]) < 0.1 and set(answers[1.0]) == {0.5}
+    assert share[0.35] > 0.7 and 0.5 < share[1.0] < share[0.35] and share[4.0] < 0.3, share
+    assert min(answers[0.35]) > 0.9 and max(answers[4.0]) < 0.1 and set(answers[1.0]) == {0.5}
+
+
+def test_a_new_outline_is_asked_about_every_class_where_the_shape_is_clear(monkeypatch, data):
+    monkeypatch.setattr(scorer_pairs, "SHARES", {"outline": 1.0})
+    source, asked = scorer_pairs.PairSource(data, questions.EASYVQA, 4), {}
+    for index in range(200):
+        first, *looks = source(index, np.random.default_rng(index)).questions
+        assert first.kind == "edit" and {(look.kind, look.word) for look in looks} == {("look", "Yes")}
+        kinds = {kind: look.answer for look in looks for kind in easyvqa.CLASSES if kind in look.text}
+        likely = [kind for kind, answer in kinds.items() if answer > 0.5]
+        assert first.answer in kinds.values() and len(likely) <= 1
+        if len(kinds) > 1:
+            assert set(kinds) == set(easyvqa.CLASSES) and likely
+        asked.setdefault(len(kinds), []).append(first.answer)
+    assert set(asked) == {1, 3}
+    assert min(len(answers) for answers in asked.values()) > 40
+    assert min(asked[1]) < 0.1 and max(asked[3]) > 0.9
 
 
 @pytest.mark.parametrize("edit_type", ["recolor", "nothing"])
