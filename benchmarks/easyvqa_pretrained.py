@@ -1,13 +1,13 @@
 """What the shipped networks of the small experiment can do, on test images: `python benchmarks/easyvqa_pretrained.py`.
 
 Prints one line per figure: the autoencoder's round trips, the base model's pictures of captions, what the warmed-up
-student makes of captions and instructions, and the scorer's answers per kind of question. `--run` puts the networks of
-a training run in the place of the shipped ones.
+student makes of captions and instructions, the scorer's answers per kind of question, and what it sees of outlines.
+`--run` puts the networks of a training run in the place of the shipped ones.
 """
 
 import argparse
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import tqdm
 from npedit_jax import export, sampling
 from npedit_jax.data import easyvqa, easyvqa_reading, questions, scorer_pairs
 from npedit_jax.data.batches import QuestionCache
+from npedit_jax.data.scorer_pairs import Asked, ScorerExample
 from npedit_jax.data.tokenize import ScorerTokenizer, TextTokenizer
 from npedit_jax.editor import Editor
 from npedit_jax.evaluation import easyvqa as benchmark
@@ -33,6 +34,7 @@ KINDS = {
     "scorer": ("internvl", "scorer"),
 }
 TEXT_LENGTH, QUESTION_LENGTH = 16, 72
+TEMPLATES = questions.EASYVQA
 BATCH = 50
 Figures = Iterator[tuple[str, float]]
 
@@ -117,35 +119,45 @@ def warmup_figures(run: str | None, images: int) -> Figures:
         yield f"{edit_type}: kept error, 0 to 255", figures["kept_error"]
 
 
+class Asker:
+    """The scorer, asked up to `most` questions about each of BATCH pairs at a time."""
+
+    def __init__(self, run: str | None, most: int):
+        module, params = load(run, "scorer")["scorer"]
+        self._tokenizer = ScorerTokenizer(networks.resolve(f"{PACKAGE}scorer"), module.image_tokens, QUESTION_LENGTH)
+        self._prompts, self._most = QuestionCache(self._tokenizer), most
+
+        def answer(shown, ids, mask, image_index, answer_ids):
+            table = module.apply({"params": params}, to_pixels(shown), method="encode_images")
+            said = module.apply({"params": params}, table, ids, mask, image_index, answer_ids, method="answer")
+            return jnp.exp(said.logits[..., 1] - said.logsumexp)
+
+        self._program = jax.jit(answer)
+
+    def __call__(self, examples: Sequence[ScorerExample]) -> np.ndarray:
+        """The probability [pair, question] over the whole vocabulary of each question's word."""
+        columns = [np.stack(x) for x in zip(*(self._fields(example.questions) for example in examples), strict=True)]
+        return np.asarray(self._program(np.stack([np.stack(example.images) for example in examples]), *columns))
+
+    def _fields(self, asked: Sequence[Asked]) -> tuple[np.ndarray, ...]:
+        texts = [questions.Question(x.kind, x.text, TEMPLATES[x.kind].images, x.answer) for x in asked]
+        words = [(self._tokenizer.answer_id("No"), self._tokenizer.answer_id(x.word)) for x in asked]
+        fields, _ = self._prompts.fields(texts, self._most)
+        return *fields.values(), np.array(words + words[:1] * (self._most - len(words)), np.int32)
+
+
 def scorer_figures(run: str | None, images: int, *, rounds: int = 4, most: int = 6) -> Figures:
     """Right answers per edit type and kind of question about pairs of test images, where the answer is clear.
 
     An answer is right where its word has more than half of the probability over the whole vocabulary, or, if it should
     be No, has not. Up to `most` questions of a pair are asked.
     """
-    module, params = load(run, "scorer")["scorer"]
-    tokenizer = ScorerTokenizer(networks.resolve(f"{PACKAGE}scorer"), module.image_tokens, QUESTION_LENGTH)
-    prompts, templates = QuestionCache(tokenizer), questions.EASYVQA
-    pairs = scorer_pairs.PairSource(easyvqa.load("test"), templates, most)
-
-    def answer(shown, ids, mask, image_index, answer_ids):
-        table = module.apply({"params": params}, to_pixels(shown), method="encode_images")
-        said = module.apply({"params": params}, table, ids, mask, image_index, answer_ids, method="answer")
-        return jnp.exp(said.logits[..., 1] - said.logsumexp)
-
-    def ask(asked):
-        texts = [questions.Question(x.kind, x.text, templates[x.kind].images, x.answer) for x in asked]
-        words = [(tokenizer.answer_id("No"), tokenizer.answer_id(x.word)) for x in asked]
-        fields, _ = prompts.fields(texts, most)
-        return *fields.values(), np.array(words + words[:1] * (most - len(words)), np.int32)
-
-    program, right = jax.jit(answer), collections.defaultdict(list)
+    ask, right = Asker(run, most), collections.defaultdict(list)
+    pairs = scorer_pairs.PairSource(easyvqa.load("test"), TEMPLATES, most)
     for start in tqdm.trange(0, rounds * images, BATCH, desc="scorer", mininterval=5):
         numbers = range(start, start + BATCH)
         examples = [pairs(number % images, np.random.default_rng([1, number])) for number in numbers]
-        columns = [np.stack(column) for column in zip(*(ask(example.questions) for example in examples), strict=True)]
-        said = np.asarray(program(np.stack([np.stack(example.images) for example in examples]), *columns))
-        for example, row in zip(examples, said, strict=True):
+        for example, row in zip(examples, ask(examples), strict=True):
             for asked, likely in zip(example.questions, row, strict=False):
                 if not 0.1 < asked.answer < 0.9:
                     kind = "word" if asked.word != "Yes" else ""
@@ -155,11 +167,39 @@ def scorer_figures(run: str | None, images: int, *, rounds: int = 4, most: int =
         yield f"{name}: right of {len(values)}, %", 100 * np.mean(values)
 
 
+def outline_figures(run: str | None, images: int) -> Figures:
+    """What the scorer thinks of replacements with an even outline, and of those with one that is clearly uneven.
+
+    Mean P(Yes) that the edit is done, per new class: how much of an outline's evenness the editor can learn from it.
+    """
+    ask, data = Asker(run, 1), easyvqa.load("test")
+    pairs = scorer_pairs.PairSource(data, TEMPLATES)
+    found = collections.defaultdict(list)
+    for kind in ("whole", "warp"):
+        for start in tqdm.trange(0, images, BATCH, desc=f"outlines, {kind}", mininterval=5):
+            examples, made = [], []
+            for number in range(start, start + BATCH):
+                rng = np.random.default_rng([2, number])
+                edit = easyvqa.draw_edit(rng, data.shapes[number], "replace")
+                candidate = scorer_pairs.candidate(pairs.scene(number), edit, rng, {kind: 1.0})
+                shown = scorer_pairs.to_uint8(scorer_pairs.spoil(candidate.pixels, rng))
+                text = questions.ask(TEMPLATES, "edit", instruction=edit.instruction, object=edit.object).text
+                asked = (Asked("edit", text, candidate.done),)
+                examples.append(ScorerExample((data.images[number], shown), asked, "replace"))
+                made.append((edit.target.kind, candidate.done))
+            for (target, done), (likely,) in zip(made, ask(examples), strict=True):
+                if not 0.1 < done < 0.9:
+                    found[f"{target}, {'even' if done > 0.5 else 'uneven'}"].append(likely)
+    for name, values in sorted(found.items()):
+        yield f"new {name} outline: mean P(done) of {len(values)}", np.mean(values)
+
+
 STAGES: Mapping[str, Callable[[str | None, int], Figures]] = {
     "autoencoder": autoencoder_figures,
     "base": base_figures,
     "warmup": warmup_figures,
     "scorer": scorer_figures,
+    "outlines": outline_figures,
 }
 
 
