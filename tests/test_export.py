@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import diffusers
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
@@ -188,6 +189,23 @@ def test_merged_weights_of_a_run_with_adapters_are_base_and_adapter(lora_run, tm
     release = exported(run, tmp_path / "release", "--format", "npedit", *raw) / "student.safetensors"
     for name, value in safetensors.numpy.load_file(release).items():
         np.testing.assert_array_equal(value, model.state_dict()[name.removeprefix("transformer.")].numpy())
+
+
+def test_merged_weights_keep_what_a_base_in_bfloat16_would_round_away(lora_run, tmp_path):
+    run, config, _ = lora_run
+    config = config.copy_and_resolve_references()
+    config.networks.base.options = dict(param_dtype="bfloat16")
+    tiny = jax.tree.map(lambda x: 1e-4 * x, export._newest(run, raw=True)[1]["student"].params)
+    whole = stages.whole(config, {"student": tiny})["student"]
+    base = stages._makers(config, None)["base"]().params
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {np.dtype("bfloat16")}
+    path = "layers/attention/query/kernel"
+    kernel, stored, a, b = (
+        np.asarray(flax.traverse_util.flatten_dict(tree, sep="/")[name], np.float32)
+        for tree, name in ((whole, path), (base, path), (tiny, f"{path[:-7]}/a"), (tiny, f"{path[:-7]}/b"))
+    )
+    assert np.abs(kernel - stored).max() > 0
+    np.testing.assert_allclose(kernel - stored, 2.0 * a @ b, atol=1e-7)
 
 
 def test_peft_lays_the_adapter_on_the_original(lora_run, tmp_path):

@@ -209,11 +209,18 @@ class ScorerTokenizer:
         return [token for token in ids for _ in range(repeats.get(token, 1))]
 
     def answer_id(self, answer: str) -> int:
-        """The id of an answer; raises ValueError where it is not one token."""
-        ids = _encode(self._tokenizer, answer)
-        if len(ids) != 1:
-            raise ValueError(f'expected "{answer}" to be one token; the tokenizer gives {len(ids)}: {ids}')
-        return ids[0]
+        """The id of an answer; raises ValueError as the function of this name."""
+        return answer_id(self._tokenizer, answer)
+
+
+def answer_id(tokenizer: tokenizers.Tokenizer, answer: str) -> int:
+    """The id of an answer; raises ValueError where it is not one token, or one that stands for any word."""
+    ids = tokenizer.encode(answer, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise ValueError(f'expected "{answer}" to be one token; the tokenizer gives {len(ids)}: {ids}')
+    if (read := tokenizer.decode(ids, skip_special_tokens=False).strip()) != answer:
+        raise ValueError(f'expected "{answer}" to be a token; the tokenizer does not know it and gives "{read}"')
+    return ids[0]
 
 
 def read_tokenizer(directory: epath.PathLike) -> tokenizers.Tokenizer:

@@ -282,9 +282,13 @@ class TextEncoder(nn.Module):
     The diffusion transformer reads the second-to-last layer of its language model, so `decoder` has one layer less
     than the language model that the weights come from, and `final_norm=False`.
     Source: `diffusers.pipelines.z_image.pipeline_z_image.ZImagePipeline._encode_prompt`.
+
+    Attributes:
+      names: how the tensors are called on disk, as those of a "base" model or of a "causal" one, which has a head.
     """
 
     decoder: Decoder
+    names: str = "base"
 
     @nn.compact
     def __call__(self, token_ids_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:

@@ -126,7 +126,7 @@ class Scorer(nn.Module):
       answer_ids: token ids of (No, Yes); needed to answer.
       pixel_mean: of each colour in [0, 1], taken off in image preparation.
       pixel_deviation: standard deviation of each colour, divided by in image preparation.
-      names: whose tensor names the weights have on disk, for families with two ("chat" or "native" InternVL).
+      names: how the tensors are called on disk: "chat" or "native" for InternVL, "native" or "nested" for LLaVA.
       image_token_id: token id of the placeholder, where config.json has a field for it: other readers find the images
         by it, this one by `image_index`.
     """

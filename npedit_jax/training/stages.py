@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import grain
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
@@ -213,12 +214,15 @@ def expected_runs(config: Config) -> dict[str, float]:
 
 
 def whole(config: Config, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Trained parameters as a checkpoint keeps them, with adapters merged into their base's weights, which are read."""
-    merged = {
-        name: lora.merge(_makers(config, None)[item.base]().params, trained[name], item.alpha)
-        for name, item in adapted(config).items()
-        if name in trained
-    }
+    """Trained parameters as a checkpoint keeps them, with adapters merged into their base's weights, which are read.
+
+    What was merged is float32, whatever the base's type is: rounded to bfloat16, small steps of the adapters are gone.
+    """
+    merged = {}
+    for name, item in adapted(config).items():
+        if name in trained:
+            base = jax.tree.map(lambda x: x.astype(jnp.float32), _makers(config, None)[item.base]().params)
+            merged[name] = lora.merge(base, trained[name], item.alpha)
     return {**trained, **merged}
 
 

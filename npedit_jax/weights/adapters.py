@@ -18,7 +18,7 @@ from etils import epath
 from npedit_jax import atomic
 from npedit_jax.models import lora
 from npedit_jax.weights import kinds, saving
-from npedit_jax.weights.safetensors_io import Entry, Planned, Reader, read_header, write_file
+from npedit_jax.weights.safetensors_io import Entry, Planned, Reader, read_header, refuse_pickles, write_file
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, of every layer of the model that it wraps
@@ -101,6 +101,7 @@ def load(
         damaged files.
     """
     directory = epath.Path(directory)
+    refuse_pickles(directory)
     for name in (CONFIG, FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} holds no adapters: it has no {name}")

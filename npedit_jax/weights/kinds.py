@@ -2,6 +2,7 @@
 
 import importlib
 import types
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -17,17 +18,10 @@ KINDS = {
     "internvl": "model",
     "llava_onevision": "model",
 }
-# Other spellings in use on the Hub -> the one in our tables, as starts of tensor names. Saving writes the latter.
-SPELLINGS = {
-    # A language model saved whole instead of its base model.
-    "qwen3": {"model.": ""},
-    # SigLIP before transformers 5.
-    "llava_onevision": {"vision_tower.vision_model.": "vision_tower."},
-}
 
 
 def kind_module(kind: str) -> types.ModuleType:
-    """Returns `npedit_jax.weights.<kind>`, which offers `build`, `describe` and `rows`.
+    """Returns `npedit_jax.weights.<kind>`, which offers `build`, `describe`, `rows`, in some `spelled`.
 
     Raises:
       ValueError: no such kind.
@@ -57,12 +51,10 @@ def parameter_shapes(kind: str, module: nn.Module) -> dict[str, tuple[int, ...]]
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def table_name(kind: str, name: str) -> str:
-    """Returns the spelling that our tables have of a tensor's name in a checkpoint."""
-    for theirs, ours in SPELLINGS.get(kind, {}).items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+def spelled(kind: str, module: nn.Module, names: Collection[str]) -> nn.Module:
+    """Returns the module with the spelling that a checkpoint's tensor names have, where several are in use."""
+    own = getattr(kind_module(kind), "spelled", None)
+    return own(module, names) if own else module
 
 
 def example_inputs(kind: str, module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:

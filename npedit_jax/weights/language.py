@@ -91,36 +91,30 @@ def check_fixed(config: dict[str, Any], fixed: dict[str, Any], what: str) -> Non
             raise ValueError(f"{what} has {key} = {config[key]!r}; only {value!r} is supported")
 
 
-def layer_rows(module: Decoder, source: str, target: str, layers: int, unused: bool = False) -> list[Row]:
+def layer_rows(module: Decoder, source: str, target: str, layers: int) -> list[Row]:
     """Returns the rows of one decoder layer (`layers=0`) or of a stack (`source` then holds "{i}")."""
     projections = ["query", "key", "value"]
     table = [
-        Row(f"{source}.self_attn.{name[0]}_proj.weight", f"{target}/attention/{name}/kernel", "dense", layers, unused)
+        Row(f"{source}.self_attn.{name[0]}_proj.weight", f"{target}/attention/{name}/kernel", "dense", layers)
         for name in projections
     ]
     if module.qkv_bias:
         table += [
-            Row(f"{source}.self_attn.{name[0]}_proj.bias", f"{target}/attention/{name}/bias", "copy", layers, unused)
+            Row(f"{source}.self_attn.{name[0]}_proj.bias", f"{target}/attention/{name}/bias", "copy", layers)
             for name in projections
         ]
-    table.append(Row(f"{source}.self_attn.o_proj.weight", f"{target}/attention/output/kernel", "dense", layers, unused))
+    table.append(Row(f"{source}.self_attn.o_proj.weight", f"{target}/attention/output/kernel", "dense", layers))
     if module.qk_norm:
         table += [
-            Row(
-                f"{source}.self_attn.{name[0]}_norm.weight",
-                f"{target}/attention/{name}_norm/scale",
-                "copy",
-                layers,
-                unused,
-            )
+            Row(f"{source}.self_attn.{name[0]}_norm.weight", f"{target}/attention/{name}_norm/scale", "copy", layers)
             for name in ("query", "key")
         ]
     table += [
-        Row(f"{source}.mlp.{name}_proj.weight", f"{target}/mlp/{name}/kernel", "dense", layers, unused)
+        Row(f"{source}.mlp.{name}_proj.weight", f"{target}/mlp/{name}/kernel", "dense", layers)
         for name in ("gate", "up", "down")
     ]
     table += [
-        Row(f"{source}.{theirs}.weight", f"{target}/{ours}/scale", "copy", layers, unused)
+        Row(f"{source}.{theirs}.weight", f"{target}/{ours}/scale", "copy", layers)
         for theirs, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm"))
     ]
     return table
@@ -132,13 +126,15 @@ def decoder_rows(module: Decoder, source: str = "", target: str = "", head: str 
     Args:
       source: prefix of the Hugging Face names up to `embed_tokens`, with its dot ("model.").
       target: prefix of our paths, with its slash ("language/").
-      head: Hugging Face name of the output matrix, where embeddings are not tied.
+      head: Hugging Face name of the output matrix, which a file may hold although it is tied to the embedding.
     """
     table = [Row(f"{source}embed_tokens.weight", f"{target}embedding/embedding")]
     table += layer_rows(module, f"{source}layers.{{i}}", f"{target}layers", module.layers)
     if module.final_norm:
         table.append(Row(f"{source}norm.weight", f"{target}norm/scale"))
-    if not module.tied_embeddings:
+    if module.tied_embeddings:
+        table.append(Row(head, "unused/unembedding/embedding", like=f"{target}embedding/embedding"))
+    else:
         table.append(Row(head, f"{target}unembedding/kernel", "dense"))
     return table
 

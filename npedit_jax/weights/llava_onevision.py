@@ -1,8 +1,9 @@
 """LLaVA-OneVision in transformers' layout (`LlavaOnevisionForConditionalGeneration`): SigLIP and Qwen2.
 
-The scorer reads SigLIP's last layer before its final norm, which is therefore an `unused` row of the table.
+The scorer reads SigLIP's last layer before its final norm, which is therefore an unused row of the table.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from npedit_jax.models.image_preparation import SIGLIP
@@ -26,6 +27,8 @@ FIXED_VISION = {
     "vision_use_head": False,
 }
 ASPECT_RATIO = "anyres_max_"  # followed by the most tiles whose tokens are kept
+# What the names of the tower's tensors begin with, by `Scorer.names`: nested before transformers 5.
+TOWERS = {"native": "vision_tower.", "nested": "vision_tower.vision_model."}
 LAYER_NAMES = LayerNames("self_attn.{name}_proj", "self_attn.out_proj", "layer_norm1", "layer_norm2")
 
 
@@ -111,11 +114,19 @@ def describe(module: Scorer) -> dict[str, Any]:
     return config
 
 
+def spelled(module: Scorer, names: Collection[str]) -> Scorer:
+    """Returns the scorer with the names that a checkpoint's tensors have."""
+    nested = any(name.startswith(TOWERS["nested"]) for name in names)
+    return module.clone(names="nested" if nested else "native")
+
+
 def rows(module: Scorer) -> list[Row]:
     """Returns the name-mapping table of the scorer, SigLIP's final norm as unused rows."""
-    table = vision_rows(module.vision)
+    tower = TOWERS[module.names]
+    table = vision_rows(module.vision, tower)
     for theirs, ours in (("weight", "scale"), ("bias", "bias")):
-        table.append(Row(f"vision_tower.post_layernorm.{theirs}", f"unused/vision_norm/{ours}", unused=True))
+        alike = f"vision/layers/mlp_norm/{ours}"
+        table.append(Row(f"{tower}post_layernorm.{theirs}", f"unused/vision_norm/{ours}", like=alike))
     table += dense_rows("multi_modal_projector.linear_1", "projector/up")
     table += dense_rows("multi_modal_projector.linear_2", "projector/down")
     table.append(Row("image_newline", "projector/newline"))
@@ -124,11 +135,11 @@ def rows(module: Scorer) -> list[Row]:
     )
 
 
-def vision_rows(vision: VisionTransformer) -> list[Row]:
-    """Returns the rows of the vision tower alone."""
-    table = conv_rows("vision_tower.embeddings.patch_embedding", "vision/patch_embedding")
-    table.append(Row("vision_tower.embeddings.position_embedding.weight", "vision/positions"))
-    return table + layer_rows(vision, "vision_tower.encoder.layers.{i}", "vision/layers", LAYER_NAMES)
+def vision_rows(vision: VisionTransformer, tower: str = TOWERS["native"]) -> list[Row]:
+    """Returns the rows of the vision tower alone, whose names begin with `tower`."""
+    table = conv_rows(f"{tower}embeddings.patch_embedding", "vision/patch_embedding")
+    table.append(Row(f"{tower}embeddings.position_embedding.weight", "vision/positions"))
+    return table + layer_rows(vision, f"{tower}encoder.layers.{{i}}", "vision/layers", LAYER_NAMES)
 
 
 def _max_tiles(config: dict[str, Any]) -> int:

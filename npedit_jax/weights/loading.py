@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from npedit_jax.data.tokenize import read_tokenizer
+from npedit_jax.data.tokenize import answer_id, read_tokenizer
 from npedit_jax.weights import converted, kinds
-from npedit_jax.weights.safetensors_io import Entry, Reader, index_directory
-from npedit_jax.weights.table import Row, check_table
+from npedit_jax.weights.safetensors_io import Entry, Reader, index_directory, refuse_pickles
+from npedit_jax.weights.table import Row, check_table, unused_shapes
 
 Shardings = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | Mapping[str, Any] | None
 ALIGNMENT = 64  # bytes; XLA's CPU client takes a buffer so aligned as its own instead of copying it
@@ -58,17 +58,19 @@ def load(
         `keep_unused` of a converted directory.
     """
     directory = epath.Path(directory)
+    refuse_pickles(directory)
     module = _build_module(kind, directory, compute_dtype, module_options)
     if converted.is_converted(directory):
         return module, _read_converted(kind, module, directory, dtype, shardings, keep_unused)
+    entries, faults_of_files = index_directory(directory)
+    module = kinds.spelled(kind, module, entries)
     table = kinds.kind_module(kind).rows(module)
     shapes = kinds.parameter_shapes(kind, module)
     if faults := check_table(table, shapes):
         raise ValueError(f"the mapping table of {kind} does not fit its module:\n  " + "\n  ".join(faults))
-    entries, faults = _rename(kind, *index_directory(directory))
     targets = _targets(table)
-    problems = [f"{fault}: source {name} -> target {targets.get(name, 'unknown')}" for name, fault in faults]
-    problems += _check_sources(table, shapes, entries)
+    problems = [f"{fault}: source {name} -> target {targets.get(name, 'unknown')}" for name, fault in faults_of_files]
+    problems += _check_sources(table, shapes | unused_shapes(table, shapes), entries)
     place = _sharding_of(shardings, shapes, problems)
     if problems:
         lines = "\n  ".join(problems)
@@ -119,23 +121,34 @@ def _build_module(kind: str, directory: epath.Path, compute_dtype: Any, module_o
     if compute_dtype is not None:
         module_options = module_options | {"dtype": jax.numpy.dtype(compute_dtype)}
     module = kinds.build(kind, read_config(directory), **module_options)
-    if getattr(module, "answer_ids", ()) is None and any((directory / name).exists() for name in TOKENIZERS):
-        module = module.clone(answer_ids=_read_answer_ids(directory))
-    return module
+    return _with_answers(module, directory, "answer_ids" in module_options) if hasattr(module, "answer_ids") else module
 
 
-def _read_answer_ids(directory: epath.Path) -> tuple[int, ...]:
-    """Returns the token ids of No and Yes from the tokenizer of a scorer's directory."""
-    tokenizer, answer_ids = read_tokenizer(directory), []
-    for answer in ("No", "Yes"):
-        ids = tokenizer.encode(answer, add_special_tokens=False).ids
-        if len(ids) != 1:
+def _with_answers(scorer: nn.Module, directory: epath.Path, given: bool) -> nn.Module:
+    """Returns the scorer with the ids of (No, Yes): those given, or the tokenizer's, or those of config.json."""
+    answer_ids = scorer.answer_ids
+    if not given and any((directory / name).exists() for name in TOKENIZERS):
+        read = _read_answer_ids(directory)
+        if answer_ids not in (None, read):
             raise ValueError(
-                f'expected "{answer}" to be one token; the tokenizer in {directory} gives {len(ids)}: {ids}; give '
-                "answer_ids=(no, yes) yourself"
+                f"{directory}: config.json has the answers (No, Yes) at {answer_ids}, its tokenizer at {read}; mend one"
             )
-        answer_ids += ids
-    return tuple(answer_ids)
+        answer_ids = read
+    if answer_ids and (answer_ids[0] == answer_ids[1] or max(answer_ids) >= scorer.language.vocabulary):
+        raise ValueError(
+            f"{directory}: the answers (No, Yes) have ids {answer_ids}; expected two different ones below the "
+            f"vocabulary's {scorer.language.vocabulary}. Is the tokenizer that of the weights?"
+        )
+    return scorer.clone(answer_ids=answer_ids)
+
+
+def _read_answer_ids(directory: epath.Path) -> tuple[int, int]:
+    """Returns the token ids of No and Yes from the tokenizer of a scorer's directory."""
+    tokenizer = read_tokenizer(directory)
+    try:
+        return answer_id(tokenizer, "No"), answer_id(tokenizer, "Yes")
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}; give answer_ids=(no, yes) yourself") from error
 
 
 def _targets(table: Iterable[Row]) -> dict[str, str]:
@@ -144,20 +157,6 @@ def _targets(table: Iterable[Row]) -> dict[str, str]:
         for name in row.names():
             targets[name].append(row.target)
     return {name: ", ".join(paths) for name, paths in targets.items()}
-
-
-def _rename(
-    kind: str, files: Mapping[str, Entry], faults: Iterable[tuple[str, str]]
-) -> tuple[dict[str, Entry], list[tuple[str, str]]]:
-    """Returns tensors and faults under the names that the table has, with a fault where two tensors share one."""
-    faults = [(kinds.table_name(kind, name), fault) for name, fault in faults]
-    entries = {}
-    for name, entry in files.items():
-        ours = kinds.table_name(kind, name)
-        if ours in entries:
-            faults.append((ours, f"duplicate, also spelled {name}"))
-        entries[ours] = entry
-    return entries, faults
 
 
 def read_config(directory: epath.Path) -> dict[str, Any]:
@@ -194,8 +193,6 @@ def _check_sources(
                     f"dtype: source {name} -> target {row.target}: {entry.dtype} is not floating point; quantised "
                     "checkpoints are not read"
                 )
-            if row.unused:
-                continue
             shape = shapes[row.target][1:] if row.layers else shapes[row.target]
             expected = row.source_shape(shape)
             if entry.shape != expected:

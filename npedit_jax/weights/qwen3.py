@@ -4,11 +4,17 @@ The text encoder reads the second-to-last layer: the last layer, the final norm 
 may lack, where it is tied to the embedding or was not saved) are `unused` rows.
 """
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from npedit_jax.models.language import TextEncoder
 from npedit_jax.weights.language import build_decoder, decoder_rows, describe_decoder, layer_rows
 from npedit_jax.weights.table import Row
+
+# By `TextEncoder.names`.
+PREFIXES = {"base": "", "causal": "model."}
+ARCHITECTURES = {"base": "Qwen3Model", "causal": "Qwen3ForCausalLM"}
 
 
 def build(config: dict[str, Any], **options: Any) -> TextEncoder:
@@ -32,17 +38,23 @@ def build(config: dict[str, Any], **options: Any) -> TextEncoder:
     return TextEncoder(build_decoder(config, **(fields | options)))
 
 
+def spelled(module: TextEncoder, names: Collection[str]) -> TextEncoder:
+    """Returns the encoder with the names that a checkpoint's tensors have."""
+    return module.clone(names="causal" if any(name.startswith(PREFIXES["causal"]) for name in names) else "base")
+
+
 def describe(module: TextEncoder) -> dict[str, Any]:
     """Returns the Qwen3 config of the language model that the encoder is cut from."""
-    config = describe_decoder(module.decoder)
-    return config | {"architectures": ["Qwen3Model"], "num_hidden_layers": module.decoder.layers + 1}
+    config, architecture = describe_decoder(module.decoder), ARCHITECTURES[module.names]
+    return config | {"architectures": [architecture], "num_hidden_layers": module.decoder.layers + 1}
 
 
 def rows(module: TextEncoder) -> list[Row]:
     """Returns the name-mapping table, with what lies beyond the second-to-last layer as unused rows."""
-    decoder = module.decoder
-    table = decoder_rows(decoder, target="decoder/")
-    table += layer_rows(decoder, f"layers.{decoder.layers}", "unused/last_layer", layers=0, unused=True)
-    table.append(Row("norm.weight", "unused/norm/scale", unused=True))
-    table.append(Row("lm_head.weight", "unused/unembedding/kernel", "dense", unused=True))
+    decoder, prefix = module.decoder, PREFIXES[module.names]
+    table = decoder_rows(decoder, prefix, "decoder/")
+    for row in layer_rows(decoder, f"{prefix}layers.{decoder.layers}", "unused/last_layer", layers=0):
+        alike = row.target.replace("unused/last_layer", "decoder/layers")
+        table.append(dataclasses.replace(row, like=alike))
+    table.append(Row(f"{prefix}norm.weight", "unused/norm/scale", like="decoder/layers/attention_norm/scale"))
     return table

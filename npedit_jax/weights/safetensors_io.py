@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import pathlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 WRITE_BYTES = 64 * 1024 * 1024  # at a time: remote file systems want bytes objects, and these are copies
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +150,38 @@ def _find_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str]
                 raise ValueError(f"tensors {odd} are in no file")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{indices[0]}: not a safetensors index: {type(error).__name__}: {error}") from error
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        if outside := [name for name in names if name != pathlib.PurePosixPath(name).name or name == ".."]:
+            raise ValueError(f"{indices[0]} names files outside its directory: {outside}; put all shards beside it")
+        if pickles := [name for name in names if name.endswith(PICKLES)]:
+            raise ValueError(_pickled(directory, pickles))
+        files = [directory / name for name in names]
         if missing := [file.name for file in files if not file.exists()]:
             raise FileNotFoundError(f"{directory} lacks shards that {indices[0].name} names: {missing}; fetch them")
         return files, weight_map
     if files := sorted(directory.glob("*.safetensors")):
         return files, {}
-    if pickles := sorted(file.name for file in directory.iterdir() if file.name.endswith(PICKLES)):
-        raise ValueError(
-            f"{directory} holds pickled weights {pickles}, which can run code when opened and are not read here; "
-            "convert them once in PyTorch: load the model with its class's from_pretrained(directory), then call "
-            "save_pretrained(new_directory, safe_serialization=True)"
-        )
     raise FileNotFoundError(f"{directory} has no *.safetensors file")
+
+
+def refuse_pickles(path: epath.Path) -> None:
+    """Raises ValueError where weights are pickled: the path is such a file, or a directory with no others."""
+    if path.name.endswith(PICKLES) and not path.is_dir():
+        raise ValueError(_pickled(path.parent, [path.name]))
+    if path.is_dir():
+        names = sorted(file.name for file in path.iterdir())
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles and not any(name.endswith(".safetensors") for name in names):
+            raise ValueError(_pickled(path, pickles))
+
+
+def _pickled(directory: epath.Path, names: Sequence[str]) -> str:
+    return (
+        f"{directory} holds pickled weights {list(names)}, which can run code when opened and are not read here; "
+        "convert them once in PyTorch: load the model with its class's from_pretrained(directory), then call "
+        "save_pretrained(new_directory, safe_serialization=True). A bare state dict: "
+        "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors'), beside its config.json"
+    )
 
 
 class Reader(contextlib.ExitStack):

@@ -15,7 +15,7 @@ from etils import epath
 from npedit_jax import atomic
 from npedit_jax.weights import kinds
 from npedit_jax.weights.safetensors_io import CODES, Planned, split_shards, write_file
-from npedit_jax.weights.table import Row, check_table
+from npedit_jax.weights.table import Row, check_table, unused_shapes
 
 MAX_SHARD_BYTES = 5_000_000_000  # of tensor data in one file
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -92,14 +92,15 @@ def _check(kind: str, module: nn.Module, table: list[Row], flat: Mapping[str, An
     shapes = kinds.parameter_shapes(kind, module)
     known = {row.target for row in table}
     problems = check_table(table, shapes)
+    every = shapes | unused_shapes(table, shapes)
     problems += [f"missing: target {path} {list(shapes[path])}" for path in sorted(shapes.keys() - flat.keys())]
     problems += [
         f"unexpected: target {path} {list(flat[path].shape)} has no source" for path in sorted(flat.keys() - known)
     ]
     problems += [
-        f"shape: target {path} {list(flat[path].shape)}, the module has {list(shapes[path])}"
-        for path in sorted(shapes.keys() & flat.keys())
-        if flat[path].shape != shapes[path]
+        f"shape: target {path} {list(flat[path].shape)}, expected {list(every[path])}"
+        for path in sorted(every.keys() & flat.keys())
+        if flat[path].shape != every[path]
     ]
     if problems:
         raise ValueError(f"these parameters are not those of the {kind} module:\n  " + "\n  ".join(problems))

@@ -33,19 +33,24 @@ class Row:
       target: "/"-joined Flax parameter path, e.g. "layers/attention/query/kernel".
       layout: a key of `LAYOUTS`.
       layers: number of layers of a stacked parameter, stacked along a new leading axis; 0 = not stacked.
-      unused: the checkpoint has the tensor but the module has no such parameter; dropped on load unless asked for, may
-        be absent from the checkpoint, and its target starts with "unused/".
       part, parts: the parameter is piece `part` of `parts` equal ones along the source's first axis, as query, key and
         value of a fused projection are. The other pieces have rows of their own with the same source.
+      like: of a tensor that the module has no parameter for, the path of one of the same shape (of one layer). It is
+        dropped on load unless asked for, may be absent from the checkpoint, and its target starts with "unused/".
     """
 
     source: str
     target: str
     layout: str = "copy"
     layers: int = 0
-    unused: bool = False
     part: int = 0
     parts: int = 1
+    like: str = ""
+
+    @property
+    def unused(self) -> bool:
+        """Whether the module has no such parameter."""
+        return bool(self.like)
 
     def names(self) -> list[str]:
         """Returns the Hugging Face names of all layers."""
@@ -67,6 +72,17 @@ class Row:
         # A broadcast scalar has any shape and no memory: the layouts work on it as on the real array.
         piece = self.to_source(np.broadcast_to(np.int8(0), shape)).shape
         return (piece[0] * self.parts, *piece[1:]) if self.parts > 1 else piece
+
+
+def unused_shapes(table: Iterable[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every unused parameter by its path, given those of the module's parameters."""
+    stacked = {row.target for row in table if row.layers}
+    found = {}
+    for row in table:
+        if row.unused:
+            one = shapes[row.like][1 if row.like in stacked else 0 :]
+            found[row.target] = (row.layers, *one) if row.layers else one
+    return found
 
 
 def check_table(table: Iterable[Row], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -98,7 +114,7 @@ def _check_row(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     if row.unused != row.target.startswith("unused/"):
         return [f"{what}: unused rows, and only they, go to unused/"]
     if row.unused:
-        return []
+        return [] if row.like in shapes else [f"{what}: it is like {row.like}, which the module does not have"]
     if row.target not in shapes:
         return [f"{what}: the module has no such parameter"]
     shape = shapes[row.target]

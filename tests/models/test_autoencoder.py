@@ -120,7 +120,7 @@ def test_parity_with_diffusers_in_values_and_every_gradient(name, tmp_path):
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).requires_grad_()
     moments = original.encode(x).latent_dist
     shift = original.config.shift_factor or 0.0
     z = (moments.mean - shift) * original.config.scaling_factor
@@ -129,13 +129,14 @@ def test_parity_with_diffusers_in_values_and_every_gradient(name, tmp_path):
     (decoded * probes[0]).sum().add((moments.logvar * probes[1]).sum()).backward()
     probe_decoded, probe_logvar = (channels_last(p.numpy()) for p in probes)
 
-    def run(params):
+    def run(params, images):
         mean, logvar = module.apply({"params": params}, images, method="encode_moments")
         latents = (mean - module.shift_factor) * module.scaling_factor
         decoded = module.apply({"params": params}, latents, method="decode")
         return jnp.sum(decoded * probe_decoded) + jnp.sum(logvar * probe_logvar), (mean, logvar, latents, decoded)
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+    (_, found), (gradients, of_images) = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(params, images)
+    assert relative(of_images, channels_last(x.grad.numpy())) < 1e-4
     for ours, theirs in zip(found, (moments.mean, moments.logvar, z, decoded), strict=True):
         assert relative(ours, channels_last(theirs.detach().numpy())) < 2e-5
 

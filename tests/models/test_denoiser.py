@@ -259,18 +259,24 @@ def test_plain_path_and_gradients_of_all_parameters_are_diffusers(tmp_path):
     torch_parity.assert_gradients(quick(jax.grad(scalar))(params), gradients_of(theirs, module))
 
 
-@pytest.mark.parametrize("pad_tokens", ["attend", "mask"])
-def test_gradients_of_the_reference_path_are_those_of_pytorch(tmp_path, pad_tokens):
+@pytest.mark.parametrize(
+    ("pad_tokens", "pad_multiple", "tokens"),
+    [("attend", 8, 12), ("mask", 8, 12), ("mask", 32, 40)],  # captions of 3 and 9, or 3 and 40 tokens
+)
+def test_gradients_of_the_reference_path_are_those_of_pytorch(tmp_path, pad_tokens, pad_multiple, tokens):
     """In every input and every parameter; the function in PyTorch is itself proved against the release's edits."""
-    latents, times, text, mask = small_inputs(text=12)
-    mask[:, 9:] = False  # captions of 3 and 9 tokens, padded to 8 and 16
+    latents, times, text, mask = small_inputs(text=tokens)
+    if tokens == 12:
+        mask[:, 9:] = False
+    else:
+        latents = np.concatenate([latents, latents[:, ::-1]], axis=1)  # 12 x 10: another shape
     reference, probe = np.random.default_rng(3).normal(size=(2, *latents.shape)).astype(np.float32)
-    module = Denoiser(**SMALL, pad_multiple=8, pad_tokens=pad_tokens)
+    module = Denoiser(**SMALL, pad_multiple=pad_multiple, pad_tokens=pad_tokens)
     params = randomized(module, latents, times, text, mask)
     weights.save("zimage", module, params, tmp_path)
     theirs = diffusers.ZImageTransformer2DModel.from_pretrained(tmp_path).float()
 
-    options = edit.Options(pad_multiple=8, pad_tokens=pad_tokens)
+    options = edit.Options(pad_multiple=pad_multiple, pad_tokens=pad_tokens)
     tensors = [torch.tensor(x, requires_grad=True) for x in (latents, text, reference)]
     for row, (noisy, caption, clean) in enumerate(zip(*tensors, strict=True)):
         arguments = (float(times[row]), caption[: mask[row].sum()], clean.permute(2, 0, 1))

@@ -120,6 +120,35 @@ def test_every_gradient_is_that_of_transformers(config):
     assert_gradients(gradients, expected)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_left_padding_and_the_gradient_of_the_embeddings_are_those_of_transformers(model_type):
+    config = dict(model_type=model_type, vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=2)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+    theirs = randomise(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)))
+    ours = build_decoder(config)
+    params = to_flax(decoder_rows(ours, "model."), {name: x.detach().numpy() for name, x in theirs.named_parameters()})
+    mask = np.arange(9) >= np.array([[0], [4]])
+    rng = np.random.default_rng(2)
+    embeddings = rng.normal(size=(2, 9, 32)).astype(np.float32)
+    probe = rng.normal(size=(2, 9, 37)).astype(np.float32) * mask[:, :, None]
+    positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+
+    given = torch.tensor(embeddings, requires_grad=True)
+    told = dict(attention_mask=torch.tensor(mask.astype(int)), position_ids=torch.tensor(positions))
+    logits = theirs(inputs_embeds=given, **told).logits
+    (logits * torch.tensor(probe)).sum().backward()
+
+    def loss(x):
+        read = lambda decoder, x: decoder.unembed(decoder(x, token_positions(mask), causal_mask(mask)))  # noqa: E731
+        found = ours.apply({"params": params}, x, method=read)
+        return jnp.sum(found * probe), found
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(embeddings)
+    assert relative(found[mask], logits.detach().numpy()[mask]) <= FORWARD
+    assert relative(np.asarray(gradient)[mask], given.grad.numpy()[mask]) <= 1e-4
+    assert not np.asarray(gradient)[~mask].any()
+
+
 def test_padding_on_the_left_and_on_the_right_give_the_same():
     module = TextEncoder(Decoder(**SMALL, qk_norm=True, tied_embeddings=True, final_norm=False))
     token_ids = np.random.default_rng(0).integers(0, 31, 6)

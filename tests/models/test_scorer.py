@@ -13,6 +13,7 @@ import transformers
 
 from npedit_jax import weights
 from npedit_jax.models import any_resolution, image_preparation
+from npedit_jax.models.language import causal_mask, token_positions
 from npedit_jax.models.scorer import NewlineProjector, Scorer, ShuffleProjector
 from npedit_jax.weights import internvl, llava_onevision
 from tests.models.torch_parity import FORWARD, GRADIENT, assert_gradients, count, fill, randomise, relative, to_flax
@@ -69,8 +70,17 @@ def random_params(module: Scorer):
     return fill(jax.eval_shape(module.init, jax.random.key(0), images, ids, ids + 1, ids))["params"]
 
 
-def assert_answers(output, logits, mask) -> None:
-    """Compares answers with the rows of original logits [B, L, V] at the last true position of each question."""
+def assert_logits(module, params, table, token_ids, mask, logits) -> None:
+    """Compares with original logits [B, L, V]: all of them on tokens, and the answers, read at each row's last one."""
+
+    def everywhere(scorer, table, ids, mask, index):
+        hidden = scorer.language(scorer._embed(table, ids, index), token_positions(mask), causal_mask(mask))
+        return scorer.language.unembed(hidden)
+
+    arguments = (token_ids, mask.astype(bool), image_index(token_ids))
+    found = apply(module, params, table, *arguments, method=everywhere)
+    assert relative(found[arguments[1]], logits[arguments[1]]) <= FORWARD
+    output = apply(module, params, table, *(x[:, None] for x in arguments), method="answer")
     last = [row[np.flatnonzero(m)[-1]] for row, m in zip(logits, mask, strict=True)]
     expected = np.stack(last).astype(np.float64)
     assert relative(output.logits[:, 0], expected[:, [NO, YES]]) <= FORWARD
@@ -90,10 +100,7 @@ def test_internvl_in_the_chat_layout_is_the_original():
     # The first sample shows two images, the second one.
     tables = np.stack([table[:32], np.pad(table[32:], ((0, 16), (0, 0)))])
     token_ids, mask = golden["ivl.input_ids"], golden["ivl.attention_mask"]
-    output = apply(
-        module, params, tables, *(x[:, None] for x in (token_ids, mask, image_index(token_ids))), method="answer"
-    )
-    assert_answers(output, golden["ivl.logits"], mask)
+    assert_logits(module, params, tables, token_ids, mask, golden["ivl.logits"])
 
 
 def test_internvl_in_the_native_layout_is_the_original():
@@ -107,10 +114,7 @@ def test_internvl_in_the_native_layout_is_the_original():
     tables = np.stack(
         [np.pad(table[e - n : e], ((0, max(counts) - n), (0, 0))) for e, n in zip(ends, counts, strict=True)]
     )
-    output = apply(
-        module, params, tables, *(x[:, None] for x in (token_ids, mask, image_index(token_ids))), method="answer"
-    )
-    assert_answers(output, golden["native.logits"], mask)
+    assert_logits(module, params, tables, token_ids, mask, golden["native.logits"])
 
 
 @pytest.mark.parametrize("case", ["llava", "llava1"])
@@ -125,11 +129,7 @@ def test_llava_onevision_is_the_original(case):
         table = jax.jit(lambda p, x: module.apply({"params": p}, [x], sizes, method="encode_tiles"))(params, pixels[0])
     assert relative(table, golden[f"{case}.image_features"].reshape(table.shape)) <= FORWARD
     token_ids = golden[f"{case}.input_ids"]
-    mask = np.ones_like(token_ids)
-    output = apply(
-        module, params, table, *(x[:, None] for x in (token_ids, mask, image_index(token_ids))), method="answer"
-    )
-    assert_answers(output, golden[f"{case}.logits"], mask)
+    assert_logits(module, params, table, token_ids, np.ones_like(token_ids), golden[f"{case}.logits"])
 
 
 def test_image_preparation_is_the_original():

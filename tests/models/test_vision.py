@@ -2,6 +2,7 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,9 +100,12 @@ def test_internvit_is_the_original(golden):
 
 
 def test_siglip_is_the_original(golden):
-    module, params = weights.load("llava_onevision", GOLDEN / "llava_onevision")
+    module, params = weights.load("llava_onevision", GOLDEN / "llava_onevision", keep_unused=True)
     hidden = run(module.vision, params["vision"], golden["llava.px"][:, 0])
     assert relative(hidden, golden["llava.siglip_pre_ln"]) <= FORWARD
+    norm = nn.LayerNorm(module.vision.epsilon, use_fast_variance=False)  # which the scorer does not use
+    last = norm.apply({"params": params["unused"]["vision_norm"]}, hidden)
+    assert relative(last, golden["llava.siglip_last"]) <= FORWARD
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (10, 5), (3, 12), (14, 14)])

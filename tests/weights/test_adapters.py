@@ -64,12 +64,40 @@ def test_adapters_come_back_for_another_alpha(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *same)
 
 
+def test_adapters_that_peft_wrote_are_read(tmp_path):
+    peft = pytest.importorskip("peft", reason="an optional writer; its layout is tested without")
+    module, params, pairs = parts()
+    names = adapters.to_peft("zimage", module, pairs)
+    layers = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in names})
+    settings = peft.LoraConfig(r=2, lora_alpha=ALPHA, target_modules=layers)
+    theirs = peft.get_peft_model(ZImageTransformer2DModel.from_pretrained(GOLDEN), settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    found = adapters.load(tmp_path, "zimage", module, like=jax.tree.map(jnp.zeros_like, pairs), alpha=ALPHA)
+    weights.save("zimage", module, lora.merge(params, found, ALPHA), tmp_path / "merged")
+    ours = {
+        name: value
+        for file in (tmp_path / "merged").glob("*.safetensors")
+        for name, value in safetensors.numpy.load_file(file).items()
+    }
+    for name, value in theirs.merge_and_unload().state_dict().items():
+        np.testing.assert_allclose(ours[name], value.float().numpy(), atol=1e-5, err_msg=name)
+
+
 def test_adapters_of_other_targets_are_refused_by_name(tmp_path):
     module, params, pairs = parts()
     adapters.save(tmp_path, "zimage", module, pairs, ALPHA)
     like = lora.create(jax.random.key(0), params, rank=3, patterns=("layers/mlp/*",))
     with pytest.raises(ValueError, match=r"to_q.lora_A.weight is unexpected(.|\n)*w1.lora_A.weight is \(2, "):
         adapters.load(tmp_path, "zimage", module, like=like, alpha=ALPHA)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="adapter_model.bin.*can run code"):
+        adapters.load(tmp_path / "pickled", "zimage", module, like=like, alpha=ALPHA)
     with pytest.raises(FileNotFoundError, match="holds no adapters"):
         adapters.load(tmp_path / "none", "zimage", module, like=like, alpha=ALPHA)
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pwd
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from etils import epath
 
 from npedit_jax import weights
@@ -212,12 +214,29 @@ def test_missing_shard_is_an_error(sharded):
         weights.load("autoencoder", sharded)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "weights.pth", "weights.ckpt"])
-def test_pickles_are_refused_with_the_way_out(name, tmp_path):
-    (tmp_path / "config.json").write_text((GOLDEN / "B/vae/config.json").read_text())
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "weights.pth", "weights.ckpt", "student.pkl"])
+@pytest.mark.parametrize("config", [True, False])
+def test_pickles_are_refused_with_the_way_out(name, config, tmp_path):
+    if config:
+        (tmp_path / "config.json").write_text((GOLDEN / "B/vae/config.json").read_text())
     (tmp_path / name).write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match=f"{name}.*safe_serialization=True"):
-        weights.load("autoencoder", tmp_path)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=f"{name}.*safe_serialization=True.*save_file"):
+            weights.load("autoencoder", path)
+
+
+def test_an_index_names_safetensors_files_beside_it_and_no_others(sharded):
+    file = sharded / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name = next(iter(index["weight_map"]))
+    for other, message in [
+        ("../elsewhere.safetensors", "outside its directory: .*elsewhere"),
+        (str(sharded.parent / "a.safetensors"), "outside its directory"),
+        ("model-00001.bin", "model-00001.bin.*can run code.*safe_serialization=True"),
+    ]:
+        file.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {name: other}}))
+        with pytest.raises(ValueError, match=message):
+            weights.load("autoencoder", sharded)
 
 
 def test_directories_without_config_or_weights_are_named(tmp_path):
@@ -268,16 +287,67 @@ def test_damaged_file_is_named_with_its_fault(content, message, tmp_path):
         weights.load("autoencoder", tmp_path)
 
 
-def test_other_spellings_of_names_are_read_but_not_twice(tmp_path):
-    def prefixed(tensors):
-        return {f"model.{name}": tensor for name, tensor in tensors.items()}
+def to_causal(tensors):
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
-    _, expected = weights.load("qwen3", GOLDEN / "C/text_encoder")
-    _, found = weights.load("qwen3", copy_checkpoint("C/text_encoder", tmp_path, prefixed))
+
+def to_nested(tensors):
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    return {name.replace(old, new, 1) if name.startswith(old) else name: x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("source", "change"), [("C/text_encoder", to_causal), ("D/llava_onevision", to_nested)], ids=["qwen3", "llava"]
+)
+def test_both_spellings_of_names_are_read_and_kept(source, change, tmp_path):
+    kind = CHECKPOINTS[source]
+    _, expected = weights.load(kind, GOLDEN / source, keep_unused=True)
+    original = copy_checkpoint(source, tmp_path / "original", change)
+    module, found = weights.load(kind, original, dtype=None, keep_unused=True)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+    weights.save(kind, module, found, tmp_path / "saved")
+    before, after = read_tensors(original), read_tensors(tmp_path / "saved")
+    assert {name: x.tobytes() for name, x in after.items()} == {name: x.tobytes() for name, x in before.items()}
+    assert weights.load(kind, tmp_path / "saved")[0] == module
+
+
+def test_names_in_two_spellings_are_refused(tmp_path):
     copy_checkpoint("C/text_encoder", tmp_path, lambda tensors: tensors | {"model.norm.weight": tensors["norm.weight"]})
-    with pytest.raises(ValueError, match="duplicate.*norm.weight -> target unused/norm/scale"):
+    with pytest.raises(ValueError, match="unexpected: source norm.weight"):
         weights.load("qwen3", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("C/text_encoder", "norm.weight"),
+        ("C/text_encoder", "layers.3.self_attn.q_proj.weight"),
+        ("D/llava_onevision", "vision_tower.post_layernorm.bias"),
+    ],
+)
+def test_tensors_that_are_not_used_have_their_shape_all_the_same(source, name, tmp_path):
+    kind = CHECKPOINTS[source]
+    directory = copy_checkpoint(source, tmp_path / "cut", lambda tensors: tensors | {name: tensors[name][:-1]})
+    with pytest.raises(ValueError, match=f"shape: source {name} .* -> target unused/.*expected source"):
+        weights.load(kind, directory)
+    module, params = weights.load(kind, GOLDEN / source, keep_unused=True)
+    path, leaf = next(iter(flatten(params["unused"]).items()))
+    cut = flax.traverse_util.unflatten_dict(flatten(params) | {f"unused/{path}": leaf[..., :-1]}, sep="/")
+    with pytest.raises(ValueError, match=f"shape: target unused/{path}"):
+        weights.save(kind, module, cut, tmp_path / "saved")
+
+
+def test_a_tied_output_matrix_may_be_stored_all_the_same(tmp_path):
+    def tied(tensors):
+        return tensors | {"language_model.lm_head.weight": tensors["language_model.model.embed_tokens.weight"]}
+
+    directory = copy_checkpoint("D/internvl_chat", tmp_path, tied)
+    config = json.loads((directory / "config.json").read_text())
+    config["llm_config"]["tie_word_embeddings"] = True
+    (directory / "config.json").write_text(json.dumps(config))
+    module, params = weights.load("internvl", directory, keep_unused=True)
+    assert module.language.tied_embeddings
+    assert flatten(params)["unused/unembedding/embedding"].shape == (module.language.vocabulary, module.language.width)
 
 
 def test_answer_ids_come_from_the_tokenizer_unless_given(tmp_path):
@@ -294,6 +364,34 @@ def test_tokenizer_that_splits_an_answer_is_refused(tmp_path):
     tokenizer["model"]["merges"].remove(["Ye", "s"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match='expected "Yes" to be one token'):
+        weights.load("internvl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"<unk>": 0, "hello": 1}, 'tokenizer does not know it and gives "<unk>"'),
+        ({"<unk>": 0, "Yes": 1}, 'expected "No" to be a token'),
+        ({"<unk>": 0, "Yes": 1, "No": 100_000}, "ids \\(100000, 1\\); expected two different ones below"),
+    ],
+)
+def test_tokenizer_that_does_not_know_the_answers_is_refused(vocabulary, message, tmp_path):
+    copy_checkpoint("D/internvl_chat", tmp_path)
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=message):
+        weights.load("internvl", tmp_path)
+
+
+@pytest.mark.parametrize("answers", [[1, 1], [3, 100_000], [2, 1]])
+def test_answers_of_the_config_are_two_tokens_and_the_tokenizers(answers, tmp_path):
+    copy_checkpoint("D/internvl_chat", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"npedit": {"answer_ids": answers}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if answers == [2, 1]:
+        assert weights.load("internvl", tmp_path)[0].answer_ids == (2, 1)
+        shutil.copy(GOLDEN / "D/internvl_chat/tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer at|expected two different ones below"):
         weights.load("internvl", tmp_path)
 
 
@@ -440,7 +538,8 @@ def test_table_faults_are_found():
         ([*good[:2], Row("c", "c/bias", "dense")], "layout 'dense' needs 2 axes"),
         ([*good[:2], Row("c", "c/bias", "twist")], "layout 'twist'"),
         ([good[0], Row("b.{i}", "b/kernel", "dense", layers=2), good[2]], "should stack 2 layers"),
-        ([*good, Row("d", "d/bias", unused=True)], "go to unused/"),
+        ([*good, Row("d", "d/bias", like="a/kernel")], "go to unused/"),
+        ([*good, Row("d", "unused/bias", like="elsewhere")], "it is like elsewhere"),
         ([Row("a", "a/kernel", "dense", part=1, parts=3), *good[1:]], "a/kernel (piece 1 of 3)"),
     ]:
         assert any(message in problem for problem in check_table(changed, shapes)), message
