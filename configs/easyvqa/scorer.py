@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "scorer"
     config.seed = 0
-    config.steps = 4000
+    config.steps = 3800
     config.batch_size = 32
     config.cpu_devices = 1
 

@@ -28,7 +28,7 @@ Sample = dict[str, Any]
 # (bucket, number of the sample in it, rng) -> one sample
 Draw = Callable[[int, int, np.random.Generator], Sample]
 NOTES = "notes"  # field of a batch that tells about its records; it never reaches a device
-_PATIENCE = 1000  # samples that are counted as read from the start on, when the share of bad ones is asked for
+_PATIENCE = 1000  # samples that are counted as read at least, when the share of bad ones is asked for
 
 
 class TooManyBadRecords(Exception):
@@ -92,7 +92,8 @@ class Reading:
       workers: processes that make batches; 0 makes them in this one.
       threads: in each process.
       buffer: batches that wait ready, in each process.
-      max_bad_share: share of bad records that ends the run, counted over at least a thousand samples.
+      max_bad_share: share of bad records that ends the run, counted over at least a thousand samples; twice of it
+        among some thousand in a row ends it too, however many were good before.
     """
 
     workers: int = 0
@@ -135,6 +136,7 @@ class Batches:
     def __init__(self, dataset: grain.MapDataset, reading: Reading):
         self._dataset, self._reading = dataset, reading
         self.counts: collections.Counter[str] = collections.Counter()
+        self._recent = {"samples": 0, "bad": 0}  # of the last thousand or fewer
         self._next = 0
         self._iterator: Any = None
 
@@ -179,6 +181,10 @@ class Batches:
         bad = notes["reason"] != ""
         self.counts["samples"] += bad.size
         self.counts["bad"] += int(bad.sum())
+        if self._recent["samples"] >= _PATIENCE:
+            self._recent = {"samples": 0, "bad": 0}
+        self._recent["samples"] += bad.size
+        self._recent["bad"] += int(bad.sum())
         self.counts["cut"] += int(notes["cut"].sum())
         for place in zip(*np.nonzero(notes["cut"]), strict=True):
             logging.info("cut a text of record %s to the configured length", notes["id"][place])
@@ -188,10 +194,14 @@ class Batches:
             reason = str(notes["reason"][place])
             self.counts[f"bad/{reason}"] += 1
             logging.warning("bad record %s (%s): %s", notes["id"][place], reason, notes["message"][place])
-        if self.counts["bad"] > self._reading.max_bad_share * max(self.counts["samples"], _PATIENCE):
+        share = self._reading.max_bad_share
+        # Chance alone takes a share that is allowed past itself among so few, not past twice of it.
+        for counts, limit in ((self.counts, share), (self._recent, min(2 * share, (1 + share) / 2))):
+            if counts["bad"] <= limit * max(counts["samples"], _PATIENCE):
+                continue
             reasons = {name: count for name, count in self.counts.items() if name.startswith("bad/")}
             raise TooManyBadRecords(
-                f"{self.counts['bad']} of {self.counts['samples']} samples were bad: {reasons}. The log names each; "
+                f"{counts['bad']} of {counts['samples']} samples were bad: {reasons} in all. The log names each; "
                 f"the limit is a share of {self._reading.max_bad_share}, data.reading.max_bad_share in the config"
             )
 

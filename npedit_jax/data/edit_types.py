@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-NOTHING, CUSTOMIZATION = "nothing", "customization"
+NOTHING, CUSTOMIZATION, REMOVE = "nothing", "customization", "remove"
 # Those of the NP-Edit release, and the two that need no instruction of a set: keep the image, and a subject anew.
 EDIT_TYPES = (
     "remove", "local_color_change", "texture", "shape_change", "insertion", "replace", "background_change", "style",

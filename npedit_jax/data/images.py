@@ -31,7 +31,10 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 # Everything that Pillow's readers of these formats raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ArithmeticError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 class BadImage(ValueError):
@@ -50,13 +53,13 @@ class Size(NamedTuple):
 
 
 def read_size(data: bytes) -> Size:
-    """The size of a picture from its file's first bytes; nothing is decoded.
+    """The size of a picture from its file's headers; nothing is decoded.
 
     Raises:
       BadImage: empty, of another format than FORMATS, or a decompression bomb.
     """
     with _open(data) as image:
-        return _upright_size(image)
+        return _upright_size(image, data)
 
 
 def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -67,14 +70,14 @@ def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
       size: height and width of the bucket.
 
     Returns:
-      uint8 [H, W, 3], sRGB. CMYK and palettes are converted, 16 bits a channel are rounded to 8, transparent pixels
-      show white, and EXIF's orientation is undone.
+      uint8 [H, W, 3], sRGB. CMYK and palettes are converted, 16 bits of grey are rounded to 8, of colour cut to 8,
+      transparent pixels show white, and EXIF's orientation is undone.
 
     Raises:
       BadImage: as `read_size`, or a file that is cut short or damaged.
     """
     with _open(data) as image:
-        orientation = _orientation(image)
+        orientation = _orientation(image, data)
         target = Size(*reversed(size)) if orientation in _SIDEWAYS else Size(*size)
         try:
             fitted = _fit(image, target)
@@ -106,18 +109,31 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-    exif = Image.Exif()
+def _orientation(image: Image.Image, data: bytes) -> int:
+    exif, raw = Image.Exif(), image.info.get("exif", b"")
+    if not raw and image.format == "PNG":
+        raw = _late_exif(data)  # `image.getexif` would decode the picture for it
     try:
-        exif.load(image.info.get("exif", b""))  # `image.getexif` would decode a PNG for it
+        exif.load(raw)
         return int(exif.get(ExifTags.Base.Orientation, 1))
     except _DAMAGE:
         return 1  # damaged metadata of a picture that may well be whole
 
 
-def _upright_size(image: Image.Image) -> Size:
+def _late_exif(data: bytes) -> bytes:
+    """EXIF of a PNG file, which may also stand behind the pixels; empty where there is none."""
+    place = 8
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        if name == b"eXIf":
+            return data[place + 8 : place + 8 + length]
+        place += 12 + length
+    return b""
+
+
+def _upright_size(image: Image.Image, data: bytes) -> Size:
     size = Size(image.height, image.width)
-    return Size(*reversed(size)) if _orientation(image) in _SIDEWAYS else size
+    return Size(*reversed(size)) if _orientation(image, data) in _SIDEWAYS else size
 
 
 def _fit(image: Image.Image, target: Size) -> Image.Image:
@@ -144,7 +160,7 @@ def eight_bit_grey(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pixels that can be resized: no palette, 8 bits a channel; loads the picture."""
-    if image.mode.startswith("I"):  # the one deep mode that these formats have; 16-bit colour comes rounded from Pillow
+    if image.mode.startswith("I"):  # the one deep mode that these formats have; Pillow cuts 16-bit colour to 8
         return eight_bit_grey(image)
     transparent = "transparency" in image.info
     if image.mode in ("P", "PA", "LA", "La", "RGBa") or (transparent and image.mode in ("1", "L", "RGB")):

@@ -31,7 +31,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from npedit_jax.data import completions, images, select
+from npedit_jax.data import completions, edit_types, images, select
 from npedit_jax.data.records import KEPT, MANIFEST, Record, RecordError, Records, write_manifest, write_shard
 
 try:
@@ -260,7 +260,7 @@ def _collect(
 
 
 def _wanted(found: Records) -> list[int]:
-    """Numbers of the records that lack a text and would be used if they had it, ascending.
+    """Numbers of the records that lack a text, or removals the object, and would be used if they had it, ascending.
 
     Of records that show the same picture without an instruction the first alone: the edit type drawn is the same too.
     """
@@ -268,9 +268,14 @@ def _wanted(found: Records) -> list[int]:
     reasons = np.array(["", *found.manifest["left_out"]])[index["left_out"]]
     # An edit type is drawn with the instruction, so that it does not matter what it was.
     usable = (index["left_out"] == KEPT) | (bare & np.isin(reasons, ("no_instruction", "unmapped_edit_type")))
-    lacking = usable & (bare | (index["edited_caption"] == 0) | (index["input_caption"] == 0))
+    removal = np.isin(found.edit_types, edit_types.REMOVE)[index["edit_type"]]
+    objectless = removal & (index["object"] == 0)
+    usable |= reasons == "no_object"
+    lacking = usable & (bare | objectless | (index["edited_caption"] == 0) | (index["input_caption"] == 0))
     bare = np.flatnonzero(lacking & bare)
     lacking[bare[select.repeated(index["image"][bare])]] = False
+    alike = np.flatnonzero(lacking & (reasons == "no_object"))  # selection has not looked for duplicates among these
+    lacking[alike[select.repeated(index["content"][alike])]] = False
     return np.flatnonzero(lacking).tolist()
 
 
@@ -322,11 +327,11 @@ def _read_lines(path: epath.Path) -> Iterator[dict]:
     """The objects of the lines; one that was cut off is left out."""
     if not path.exists():
         return
-    with path.open("r") as lines:
+    with path.open("rb") as lines:
         for line in lines:
             try:
                 yield json.loads(line)
-            except ValueError:  # a blank line, or one that was cut
+            except ValueError:  # a blank line, or one that was cut, perhaps within a letter
                 continue
 
 
@@ -402,6 +407,8 @@ def main() -> int:
             timeout=arguments.timeout,
             max_retries=arguments.retries,
         )
+        if arguments.tries < 1:
+            raise ValueError(f"--tries must be 1 or more; found {arguments.tries}")
         ask = Asker(client, arguments.model, arguments.tries)
         found = Records(arguments.records)
         written = run(found, arguments.output, ask, shares=shares, concurrency=arguments.concurrency)

@@ -5,11 +5,13 @@ read them side by side and none holds more than an item.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from npedit_jax.data import edit_types, images, saved_sets
@@ -56,7 +58,7 @@ class Layout:
 
     Attributes:
       paths: of its files or data sets.
-      root: what image paths are relative to.
+      root: what image paths are relative to; "" for the directory of the file that names them.
       meaning: turns an item into records.
       reader: reads files of this kind.
     """
@@ -72,17 +74,18 @@ class Layout:
 
     def records(self, span: Span, name: str) -> Iterator[Record | tuple[str, Rejected]]:
         """The records of a span, and in the place of an item that becomes none its place and why."""
+        root = epath.Path(self.root or epath.Path(span.path).parent)
         for item in self.reader.items(span):
             try:
                 if item.data is None:
                     raise Rejected("json", "no JSON object")
-                yield from self.meaning(item, epath.Path(self.root), name)
+                yield from self.meaning(item, root, name)
             except Rejected as error:
                 yield item.place, error
 
 
 class TextReader:
-    """JSON lines, or one JSON list of objects: told apart by the first character."""
+    """JSON lines, or one JSON list of objects: told apart by the first line."""
 
     def spans(self, path: str, items: int) -> Iterator[Span]:
         """Cuts a file after every so many items; holds no more than an item.
@@ -110,12 +113,26 @@ class TextReader:
 
     def _scan(self, path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
         with epath.Path(path).open("rb") as file:
-            is_list = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            is_list = _is_list(file)
             file.seek(start)
             try:
                 yield from (_objects if is_list else _lines)(file, start, stop)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+
+
+def _is_list(file: Any) -> bool:
+    """Whether a file is a list: it begins with a bracket, and that is no whole line before others."""
+    first = file.readline(_BLOCK)
+    while first and not first.strip(b"\xef\xbb\xbf \t\r\n"):
+        first = file.readline(_BLOCK)
+    if not first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not file.read(_BLOCK).strip()
 
 
 def _lines(file: Any, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
@@ -286,29 +303,35 @@ MEANINGS: Mapping[str, Meaning] = {
     "tfds": plain,
     "huggingface": plain,
 }
-_READERS = {"tfds": RowReader(saved_sets.open_tfds), "huggingface": RowReader(saved_sets.open_huggingface)}
+_OPENERS = {"tfds": saved_sets.open_tfds, "huggingface": saved_sets.open_huggingface}
 
 
-def layout(kind: str, paths: Sequence[str], root: str = "", fields: Mapping[str, str] | None = None) -> Layout:
+def layout(
+    kind: str, paths: Sequence[str], root: str = "", fields: Mapping[str, str] | None = None, split: str = ""
+) -> Layout:
     """A set in one of the known layouts.
 
     Args:
       kind: a name of MEANINGS.
       paths: files, or directories of data sets; a * stands for anything.
-      root: what image paths are relative to; by default the directory of the first path.
+      root: what image paths are relative to; by default the directory of the file that names them.
       fields: names that a set has for ours, {"instruction": "edit_prompt"}.
+      split: of a data set; by default train, or the only one.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown kind, or a split of files that have none.
       FileNotFoundError: a path that leads nowhere.
     """
     if kind not in MEANINGS:
         raise ValueError(f"unknown layout {kind!r}; choose one of {tuple(MEANINGS)}")
+    if split and kind not in _OPENERS:
+        raise ValueError(f"the layout {kind!r} has no splits; leave out {split!r}")
     found = [str(path) for pattern in paths for path in _expand(pattern)]
     meaning = MEANINGS[kind]
     if fields:
         meaning = _Renamed(meaning, dict(fields))
-    return Layout(tuple(found), root or str(epath.Path(found[0]).parent), meaning, _READERS.get(kind, TextReader()))
+    reader = RowReader(functools.partial(_OPENERS[kind], split=split)) if kind in _OPENERS else TextReader()
+    return Layout(tuple(found), root, meaning, reader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +366,8 @@ def _getter(item: Item) -> Callable[[str], str]:
 
 def _text(name: str, value: Any) -> str:
     """A value as a text: null is the empty text, numbers are written out; raises Rejected for anything else."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if value is not None and not isinstance(value, str | int | float):
@@ -355,7 +380,10 @@ def _text(name: str, value: Any) -> str:
 
 def _image_of(item: Item, root: epath.Path) -> bytes:
     """The image of an item: bytes, Hugging Face's {"bytes", "path"}, or a path under `image` or `file_name`."""
-    value = item.data.get("image") or item.data.get("file_name")
+    value = item.data.get("image")
+    if isinstance(value, np.ndarray):
+        raise Rejected("no_image", f"expected image to be a file or its path; found pixels of shape {value.shape}")
+    value = value or item.data.get("file_name")
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, bytes) else _read(root, value or "")

@@ -163,8 +163,11 @@ def prepare(
 
     Raises:
       FileExistsError: a set of this name is there.
+      ValueError: no items, or none to a shard.
       TooManyRejected: with counts by reason and examples.
     """
+    if per_shard < 1:
+        raise ValueError(f"--per-shard must be 1 or more; found {per_shard}")
     config = EditsConfig(
         name=name,
         version=Edits.VERSION,
@@ -186,8 +189,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m npedit_jax.data.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("--layout", required=True, choices=layouts.MEANINGS, help="how the input is laid out")
     parser.add_argument("--input", required=True, nargs="+", help="its files or directories; * stands for anything")
-    parser.add_argument("--root", default="", help="what image paths are relative to; default: the input's directory")
+    parser.add_argument("--root", default="", help="what image paths are relative to; default: each input's directory")
     parser.add_argument("--field", action="append", default=[], metavar="OURS=THEIRS", help="a field of another name")
+    parser.add_argument("--split", default="", help="of tfds and huggingface (train, or the only one)")
     parser.add_argument("--name", required=True, help="of the set")
     parser.add_argument("--output", required=True, help="records go to OUTPUT/edits/NAME/1.0.0")
     parser.add_argument("--per-shard", type=int, default=1000, help="items in a shard, at most (1000)")
@@ -200,7 +204,7 @@ def main() -> int:
         parser.error(f"--field takes OURS=THEIRS; found {wrong}")
     fields = dict(item.split("=", 1) for item in arguments.field)
     try:
-        layout = layouts.layout(arguments.layout, arguments.input, arguments.root, fields)
+        layout = layouts.layout(arguments.layout, arguments.input, arguments.root, fields, arguments.split)
         written = prepare(
             layout,
             arguments.name,

@@ -8,20 +8,27 @@ A record is a serialized `tf.train.Example`, so TensorFlow Datasets reads the sh
 needed here. Nothing that leaves a record out rewrites a shard: the index says which records are used.
 """
 
+import bisect
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
+import itertools
 import json
+import os
+import resource
 import shutil
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 from etils import epath
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
@@ -31,6 +38,9 @@ SCHEMA = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"
 KEPT = 0  # value of the index column `left_out` on records that are used; others count from 1 in the manifest's order
 _OPTIONS = "group_size:1,uncompressed"  # every record by itself; images are compressed already
+_READING = "readahead_buffer_size:0"  # one record at a time
+_READER_BUFFER = 32 * 2**10
+_MOST_READERS = 512  # that a set keeps open, each with some 170 KiB
 _BLOCK = 8 * 2**20
 
 
@@ -82,6 +92,7 @@ INDEX_TYPE = np.dtype(
         ("instruction", np.int32),  # characters
         ("edited_caption", np.int32),
         ("input_caption", np.int32),
+        ("object", np.int32),  # likewise; -1 where an older version wrote the index
         ("image", np.uint64),  # hash of the image file
         ("content", np.uint64),  # hash of image file and instruction
         ("left_out", np.int16),
@@ -224,29 +235,41 @@ class Shards:
         self._directory, self._shards = epath.Path(directory), shards
         if "://" in str(directory):
             raise ValueError(f"shards are opened by their path; mount the bucket of {directory} and give that path")
-        self._data = array_record_data_source.ArrayRecordDataSource(
-            [_Shard(str(self._directory / shard["file"]), shard["count"]) for shard in shards]
-        )
+        self._ends = list(itertools.accumulate(shard["count"] for shard in shards))
+        self._readers = _Readers()
 
     def __getitem__(self, number: int) -> Record:
         """Reads one record.
 
         Raises:
+          IndexError: no record of that number.
+          OSError: the process may open no more files; no record is at fault.
           RecordError: "unreadable" where the shard is damaged there, "schema" where it holds something else.
         """
+        shard, place = self._find(number)
+        path = str(self._directory / self._shards[shard]["file"])
         try:
-            data = self._data[int(number)]
-        except (RuntimeError, OSError) as error:
+            data = self._readers.read(path, place)
+        except RuntimeError as error:
+            if os.strerror(errno.EMFILE) in str(error):
+                raise OSError(
+                    f"{path}: {os.strerror(errno.EMFILE)}; the limit of this process is "
+                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: raise it (ulimit -n), or prepare fewer shards"
+                ) from error
             raise RecordError("unreadable", f"{self.describe(number)}: {error}") from error
         return decode(data)
 
+    def _find(self, number: int) -> tuple[int, int]:
+        """Shard of a record, and its place there."""
+        shard = bisect.bisect_right(self._ends, number)
+        if number < 0 or shard == len(self._ends):
+            raise IndexError(f"record {number} of {self._ends[-1] if self._ends else 0}")
+        return shard, int(number) - (self._ends[shard - 1] if shard else 0)
+
     def describe(self, number: int) -> str:
         """Shard and place of a record, which can be told when the record cannot be read."""
-        for shard in self._shards:
-            if number < shard["count"]:
-                return f"{shard['file']}#{number}"
-            number -= shard["count"]
-        raise IndexError(f"record {number} past the end")
+        shard, place = self._find(number)
+        return f"{self._shards[shard]['file']}#{place}"
 
     def damaged(self, *, threads: int = 8) -> list[str]:
         """Files that are missing or differ from the manifest's checksum; reads all of them."""
@@ -284,7 +307,7 @@ class Records:
             self.manifest = json.loads((self.directory / MANIFEST).read_text())
             schema, counts = self.manifest["schema"], sum(shard["count"] for shard in self.manifest["shards"])
             with (self.directory / INDEX).open("rb") as file, np.load(file) as arrays:
-                self.index = arrays["rows"]
+                self.index = _with_objects(arrays["rows"])
             fits = len(self.index) == counts == self.manifest["count"] and self.index.dtype == INDEX_TYPE
         except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             told = f"{type(error).__name__}: {error}"
@@ -316,17 +339,48 @@ class Records:
         return self.shards[number]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """A shard as ArrayRecordDataSource takes it: it then need not open each file to count."""
+class _Readers:
+    """Open shards, those read last: a set may have more of them than a process may open files."""
 
-    filename: str
-    examples_in_shard: int
-    skip: int = 0
+    def __init__(self):
+        self._open: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._most = 0
 
-    @property
-    def take(self) -> int:
-        return self.examples_in_shard
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()  # another process opens its own
+
+    def read(self, path: str, place: int) -> bytes:
+        """Reads a record; raises RuntimeError where that fails, and opens the file anew the next time."""
+        with self._lock:
+            self._most = self._most or _most_readers()
+            if (reader := self._open.pop(path, None)) is None:
+                if len(self._open) >= self._most:
+                    self._open.popitem(last=False)  # closed as soon as no thread reads from it
+                reader = array_record_module.ArrayRecordReader(
+                    path, options=_READING, file_reader_buffer_size=_READER_BUFFER
+                )
+            self._open[path] = reader
+        try:
+            return reader.read([place])[0]
+        except RuntimeError:
+            with self._lock:
+                if self._open.get(path) is reader:
+                    del self._open[path]
+            raise
+
+
+def _most_readers() -> int:
+    """How many shards of a set are kept open: an eighth of the files that this process may open, at most.
+
+    The limit is raised as far as the process may do so itself.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS allows less than it tells
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_READERS if soft == resource.RLIM_INFINITY else max(1, min(_MOST_READERS, soft // 8))
 
 
 @contextlib.contextmanager
@@ -357,11 +411,22 @@ def _checksum(path: epath.Path) -> tuple[str, int]:
 
 
 def _row(record: Record, edit_type: int) -> tuple[int, ...]:
-    texts = (record.instruction, record.edited_caption, record.input_caption)
+    texts = (record.instruction, record.edited_caption, record.input_caption, record.object)
     image = hashlib.blake2b(record.image, digest_size=8)
     content = hashlib.blake2b(image.digest() + record.instruction.encode(), digest_size=8)
     hashes = (int.from_bytes(item.digest(), "little") for item in (image, content))
     return (edit_type, record.height, record.width, *map(len, texts), *hashes, KEPT)
+
+
+def _with_objects(rows: np.ndarray) -> np.ndarray:
+    """An index with its column `object`, which older versions did not write."""
+    names = [name for name in INDEX_TYPE.names if name != "object"]
+    if rows.dtype != np.dtype([(name, INDEX_TYPE[name]) for name in names]):
+        return rows
+    whole = np.full(rows.shape, -1, INDEX_TYPE)
+    for name in names:
+        whole[name] = rows[name]
+    return whole
 
 
 def _value(feature: Any, kind: type) -> Any:

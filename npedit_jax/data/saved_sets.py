@@ -11,8 +11,11 @@ from etils import epath
 Row = Mapping[str, Any]
 
 
-def open_tfds(directory: str) -> Sequence[Row]:
-    """The train split of a TensorFlow Datasets directory, as TFRecord or in a format that is read at random.
+def open_tfds(directory: str, split: str = "") -> Sequence[Row]:
+    """A TensorFlow Datasets directory, as TFRecord or in a format that is read at random; class labels by their names.
+
+    Args:
+      split: its name; by default train, or the only one.
 
     Raises:
       ValueError: there is no such split.
@@ -21,18 +24,24 @@ def open_tfds(directory: str) -> Sequence[Row]:
 
     builder = tfds.builder_from_directory(directory)
     info = builder.info
-    _require_train(directory, info.splits)
+    split = _choose(directory, info.splits, split)
     image = tfds.features.Image
     skip = {name: tfds.decode.SkipDecoding() for name, kind in info.features.items() if isinstance(kind, image)}
+    labels = {name: kind.names for name, kind in info.features.items() if isinstance(kind, tfds.features.ClassLabel)}
     if info.file_format.value == "tfrecord":
-        split = info.splits["train"]
+        files = info.splits[split]
         decode = lambda data: info.features.deserialize_example_np(data, decoders=skip)  # noqa: E731
-        return _TFRecords([str(path) for path in split.filepaths], split.shard_lengths, decode)
-    return builder.as_data_source(split="train", decoders=skip)
+        rows = _TFRecords([str(path) for path in files.filepaths], files.shard_lengths, decode)
+    else:
+        rows = builder.as_data_source(split=split, decoders=skip)
+    return _Named(rows, labels) if labels else rows
 
 
-def open_huggingface(directory: str) -> Sequence[Row]:
-    """A Hugging Face dataset as `save_to_disk` writes it, of several splits the one called train.
+def open_huggingface(directory: str, split: str = "") -> Sequence[Row]:
+    """A Hugging Face dataset as `save_to_disk` writes it; class labels by their names.
+
+    Args:
+      split: its name, where there are several; by default train, or the only one.
 
     Raises:
       ValueError: there is no such split.
@@ -41,17 +50,42 @@ def open_huggingface(directory: str) -> Sequence[Row]:
 
     rows = datasets.load_from_disk(directory)
     if isinstance(rows, datasets.DatasetDict):
-        _require_train(directory, rows)
-        rows = rows["train"]
+        rows = rows[_choose(directory, rows, split)]
+    elif split:
+        raise ValueError(f"{directory} holds rows and no splits; leave out the split {split!r}")
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
+    labels = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    return _Named(rows, labels) if labels else rows
 
 
-def _require_train(directory: str, splits: Mapping[str, Any]) -> None:
-    if "train" not in splits:
-        raise ValueError(f"{directory} has the splits {sorted(splits)} and none called train, which is what is read")
+def _choose(directory: str, splits: Mapping[str, Any], split: str) -> str:
+    """The name of the split to read."""
+    names = sorted(splits)
+    if split and split not in names:
+        raise ValueError(f"{directory} has the splits {names} and no {split!r}")
+    if not split and "train" not in names and len(names) != 1:
+        raise ValueError(f"{directory} has the splits {names} and none called train; name one with --split")
+    return split or ("train" if "train" in names else names[0])
+
+
+class _Named(Sequence):
+    """Rows with the names of their class labels, which are stored as numbers."""
+
+    def __init__(self, rows: Sequence[Row], labels: Mapping[str, Sequence[str]]):
+        """`labels` are the names of each such column; a number without one is None."""
+        self._rows, self._labels = rows, labels
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Row:
+        row = dict(self._rows[number])
+        for column, names in self._labels.items():
+            value = row[column]
+            row[column] = names[value] if value is not None and 0 <= value < len(names) else None
+        return row
 
 
 class _TFRecords(Sequence):

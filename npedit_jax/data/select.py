@@ -18,7 +18,9 @@ from etils import epath
 from npedit_jax.data import edit_types
 from npedit_jax.data.records import KEPT, Records, save_index
 
-REASONS = ("small_image", "elongated", "no_instruction", "long_instruction", "unmapped_edit_type", "duplicate")
+REASONS = (
+    "small_image", "elongated", "no_instruction", "long_instruction", "unmapped_edit_type", "no_object", "duplicate",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Filters:
       instruction: whether records need one; those without can be given one, see `data.instructions`.
       max_instruction: characters.
       known_edit_types: whether only those of EDIT_TYPES are used.
+      object: whether removals need one, which their question is about; `data.instructions` writes those too.
     """
 
     duplicates: bool = True
@@ -40,6 +43,7 @@ class Filters:
     instruction: bool = True
     max_instruction: int = 1000
     known_edit_types: bool = True
+    object: bool = True
 
 
 def apply(directory: epath.PathLike, filters: Filters) -> dict[str, int]:
@@ -54,12 +58,14 @@ def save(directory: epath.PathLike, manifest: Mapping[str, Any], index: np.ndarr
     rows = index.copy()
     short, long = np.minimum(rows["height"], rows["width"]), np.maximum(rows["height"], rows["width"])
     known = np.isin(manifest["edit_types"], edit_types.EDIT_TYPES)[rows["edit_type"]]
+    removal = np.isin(manifest["edit_types"], edit_types.REMOVE)[rows["edit_type"]]
     holds = {
         "small_image": short < filters.min_side,
         "elongated": long > filters.max_elongation * short,
         "no_instruction": filters.instruction & (rows["instruction"] == 0),
         "long_instruction": rows["instruction"] > filters.max_instruction,
         "unmapped_edit_type": filters.known_edit_types & ~known,
+        "no_object": filters.object & removal & (rows["object"] == 0),
     }
     rows["left_out"] = KEPT
     for reason in reversed(holds):
@@ -78,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-instruction", type=int, default=default.max_instruction, help="characters (1000)")
     parser.add_argument("--keep-duplicates", action="store_true", help="same image and instruction")
     parser.add_argument("--keep-without-instruction", action="store_true", help="for the warm-up, or to write them")
+    parser.add_argument("--keep-without-object", action="store_true", help="removals, for the warm-up")
     parser.add_argument("--keep-unmapped", action="store_true", help="edit types that we have no name for")
 
 
@@ -90,6 +97,7 @@ def filters_of(arguments: argparse.Namespace) -> Filters:
         instruction=not arguments.keep_without_instruction,
         max_instruction=arguments.max_instruction,
         known_edit_types=not arguments.keep_unmapped,
+        object=not arguments.keep_without_object,
     )
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -19,7 +20,9 @@ from npedit_jax.data.records import RecordError, Records, Shards
 _SIDED = re.compile(
     r"\b((left|right)(most|wards?|[- ]?hand(ed)?|[- ]?side)?|(anti|counter)?-?clockwise)\b"
     r"|\b(texts?|words?|letter\w*|writ\w+|wrote|caption\w*|sign\w*|logos?|fonts?|labels?|numbers?|digits?|reads?|says?"
-    r"|spell\w*|typograph\w*|inscri\w+|titles?|slogans?|graffiti|watermarks?|monograms?|initials|plates?)\b"
+    r"|spell\w*|typograph\w*|inscri\w+|titles?|slogans?|graffiti|watermarks?|monograms?|initials|plates?"
+    r"|(hand|type)writ\w+|subtitle\w*|headlin\w*|phrases?|quot\w+|characters?|typefaces?|calligraph\w*|translat\w+"
+    r"|alphabet\w*|tattoo\w*)\b"
     r"|[\"“”«»]|(?<!\w)['‘][^'’]+['’](?!\w)",
     re.IGNORECASE,
 )
@@ -119,17 +122,20 @@ class RecordSource:
         Args:
           sets: records by the name of their set.
           buckets: see `data.buckets`.
-          weights: share of each set within an edit type, in any unit; by default its number of records of the type.
+          weights: share of each set within an edit type, in any unit, 0 leaves it out; by default its number of
+            records of the type.
           fraction: share of the images to use, chosen by their content: the same ones in every set and every run.
           flip: probability that an image is mirrored, where no text of its record tells the sides apart.
 
         Raises:
-          ValueError: a fraction outside (0, 1], or weights of other sets.
+          ValueError: a fraction outside (0, 1], or weights of other sets, below 0, or not finite.
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"expected a share of the images with 0 < fraction <= 1; found {fraction}")
         if weights and set(weights) != set(sets):
             raise ValueError(f"expected a weight for each of {sorted(sets)}; found {sorted(weights)}")
+        if wrong := {name: weight for name, weight in (weights or {}).items() if not 0 <= weight < math.inf}:
+            raise ValueError(f"expected weights of 0 or more; found {wrong}")
         self.buckets = tuple(map(tuple, buckets))
         self._sets, self._weights, self._flip = dict(sets), dict(weights or {}), flip
         self._kept, self._bucket = {}, {}
@@ -144,7 +150,8 @@ class RecordSource:
     def edits(self, shares: Mapping[str, float]) -> dict[str, Pool]:
         """One pool per edit type and set, named "type/set", of the records that have instruction and edited caption.
 
-        "nothing" has no records of its own: any record with a caption of its image will do.
+        "nothing" has no records of its own: any record with a caption of its image will do. A removal without an
+        object is a bad record, where the index did not leave it out: its question would be about nothing.
 
         Raises:
           ValueError: an edit type of which there is no such record, with what there is.
@@ -162,7 +169,8 @@ class RecordSource:
                     "python -m npedit_jax.data.instructions writes missing texts; the weight 0 leaves a type out"
                 )
             for name, pool in found.items():
-                read = functools.partial(_do_nothing, pool.read) if nothing else pool.read
+                wrap = {edit_types.NOTHING: _do_nothing, edit_types.REMOVE: _with_object}.get(edit_type)
+                read = functools.partial(wrap, pool.read) if wrap else pool.read
                 pools[f"{edit_type}/{name}"] = dataclasses.replace(pool, read=read, edit_type=edit_type)
         return pools
 
@@ -189,6 +197,7 @@ class RecordSource:
             numbers[name] = tuple(kept[bucket == number] for number in range(len(self.buckets)))
         sizes = {name: tuple(map(len, parts)) for name, parts in numbers.items()}
         weights = {name: self._weights.get(name, sum(sizes[name])) for name in numbers if sum(sizes[name])}
+        weights = {name: weight for name, weight in weights.items() if weight > 0}
         total = sum(weights.values())
         return {
             name: Pool(share * weight / total, sizes[name], self._reader(name, numbers[name]))
@@ -223,6 +232,15 @@ class _Reader:
         if rng.random() < self.flip and not sided:
             image = image[:, ::-1]
         return Example(image, *texts, record.object, id)
+
+
+def _with_object(read: Read, bucket: int, place: int, rng: np.random.Generator) -> Example:
+    example = read(bucket, place, rng)
+    if not example.object:
+        raise Unusable(
+            example.id, "no_object", f"{example.id} removes something and its `object` does not say what; name it"
+        )
+    return example
 
 
 def _do_nothing(read: Read, bucket: int, place: int, rng: np.random.Generator) -> Example:

@@ -4,6 +4,7 @@ import collections
 import functools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,22 @@ def draw(name, bucket, number, rng):
         "weight": np.float32(not bad),
         batches.NOTES: batches.notes(f"{name}/{bucket}/{number}", reason="spoilt" if bad else ""),
     }
+
+
+@pytest.mark.parametrize("good_before", [0, 3_000_000])
+def test_a_lost_mount_ends_the_run_however_much_was_read_before(good_before):
+    def notes(bad):
+        reason = np.array(["unreadable"] * bad + [""] * (100 - bad))
+        return {"reason": reason, "cut": np.zeros(100, bool), "id": reason, "message": reason}
+
+    iterator = batches.Batches(None, Reading(max_bad_share=0.01))
+    iterator.set_state({"next_index": 0, "counts": {"samples": good_before}})
+    for step in range(40):
+        iterator._note(notes(step % 2))  # half of what is allowed
+    with pytest.raises(batches.TooManyBadRecords, match="were bad: {'bad/unreadable': .*max_bad_share"):
+        for _ in range(12):
+            iterator._note(notes(20))
+    assert iterator.counts["samples"] <= good_before + 4200
 
 
 @settings(deadline=None, max_examples=10)

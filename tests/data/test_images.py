@@ -73,6 +73,35 @@ def test_exif_orientation_is_undone(orientation):
         assert abs(difference).mean() < 0.3 and abs(difference).max() <= 8  # the two passes of a resize swap places
 
 
+def test_a_turned_jpeg_is_decoded_at_a_smaller_size():
+    upright = picture("china").resize((640, 400))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = save(upright), save(upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    for size in [(200, 320), (100, 130), (96, 60)]:
+        assert psnr(images.decode(turned, size), images.decode(plain, size)) > 40
+    assert images.read_size(turned) == (400, 640)
+
+
+def test_an_orientation_that_is_no_number_is_none():
+    """A FLOAT of infinity (TIFF 6.0, type 11) under the tag."""
+    tiff = b"II*\0" + struct.pack("<IHHHIfI", 8, 1, 0x0112, 11, 1, float("inf"), 0)
+    for format in ("JPEG", "PNG", "WEBP"):
+        file = save(picture("coffee").resize((60, 40)), format, exif=b"Exif\0\0" + tiff)
+        assert images.read_size(file) == (40, 60) and images.decode(file, (40, 60)).shape == (40, 60, 3)
+
+
+def test_exif_behind_the_pixels_of_a_png():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = save(picture("coffee").resize((60, 40)), "PNG", exif=exif)
+    begin = file.index(b"eXIf") - 4
+    end = begin + 12 + int.from_bytes(file[begin : begin + 4], "big")
+    late = file[:begin] + file[end:-12] + file[begin:end] + file[-12:]  # before IEND
+    assert images.read_size(late) == images.read_size(file) == (60, 40)
+    np.testing.assert_array_equal(images.decode(late, (60, 40)), images.decode(file, (60, 40)))
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_formats(format):
     file = save(picture("chelsea"), format, **({"lossless": True} if format == "WEBP" else {}))
@@ -93,6 +122,8 @@ def test_sixteen_bit_grey_and_colour():
     np.testing.assert_array_equal(pixels, np.repeat(grey[..., None], 3, -1))
     color = np.asarray(picture("astronaut"))[:64, :64]
     np.testing.assert_array_equal(images.decode(_png16(color.astype(np.uint16) * 257), (64, 64)), color)
+    deep = np.random.default_rng(0).integers(0, 2**16, (64, 64, 3)).astype(np.uint16)
+    np.testing.assert_array_equal(images.decode(_png16(deep), (64, 64)), deep >> 8)  # colour is cut
 
 
 def test_users_pictures_are_rounded_and_limited_as_those_of_records_are():

@@ -153,6 +153,23 @@ def test_records_that_stay_left_out_are_not_paid_for(serve, tmp_path):
         assert [written[number].edit_type for number in (0, 3, 4)] == ["remove", "zoom_in", "style"]
 
 
+def test_removals_without_an_object_are_given_one(serve, tmp_path):
+    made = record_sets.photograph_records(4, edit_types=("remove",))
+    for number in (1, 2, 3):
+        record_sets.changed(made, number, object="")
+    record_sets.changed(made, 2, image=made[1].image, instruction=made[1].instruction)  # a duplicate
+    record_sets.changed(made, 3, edit_type="style")
+    found = record_sets.write(tmp_path / "all", made)
+    select.apply(tmp_path / "all", select.Filters(min_side=64))
+    found = records.Records(tmp_path / "all")
+    assert found.manifest["left_out"]["no_object"] == 2
+    server = serve(lambda number, messages: json.dumps(GOOD))
+    written = instructions.run(found, tmp_path / "out", Asker(server.client, "vlm"), shares={"remove": 1.0})
+    assert [number for number, _ in answers_of(tmp_path / "out")] == [1]
+    assert written.kept().tolist() == [0, 1, 3]
+    assert (written[1].object, written[1].instruction) == (GOOD["object"], made[1].instruction)
+
+
 def test_an_interrupt_asks_no_more_and_keeps_what_is_answered(serve, bare, tmp_path, monkeypatch):
     cancelled, wait = threading.Event(), concurrent.futures.wait
 
@@ -202,6 +219,8 @@ def test_resumes_without_asking_twice(serve, bare, tmp_path):
     assert [number for number, _ in answers_of(tmp_path)] == list(range(5))
     with (tmp_path / instructions.ANSWERS).open("a") as file:
         file.write('{"number": 5, "edit_ty')  # a write that an outage cut
+    with (tmp_path / instructions.ANSWERS).open("ab") as file:
+        file.write('\n{"number": 5, "object": "the café'.encode()[:-1])  # and one within a letter
     (tmp_path / bare.manifest["shards"][0]["file"]).write_bytes(b"a shard, but the run was stopped before the next")
     server = serve(lambda number, messages: json.dumps(GOOD | {"edited_caption": "second run"}))
     written = instructions.run(bare, tmp_path, Asker(server.client, "vlm"), shares={"remove": 1.0}, concurrency=2)
@@ -324,6 +343,8 @@ def test_command(serve, bare, tmp_path, monkeypatch, capsys):
     assert instructions.main() == 0
     assert "12 records kept" in capsys.readouterr().out or len(records.Records(tmp_path / "out")) == 12
     assert instructions.main() == 1 and "finished records" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["instructions", *arguments, "--output", str(tmp_path / "other"), "--tries=0"])
+    assert instructions.main() == 1 and "--tries must be 1 or more; found 0" in capsys.readouterr().err
     for wrong in ("zoom=1", "remove", "remove=", "remove=1,,", "remove=-1,style=2", "remove=0", "remove=nan"):
         other = ["--edit-types", wrong, "--output", str(tmp_path / "other")]
         monkeypatch.setattr("sys.argv", ["instructions", *arguments, *other])

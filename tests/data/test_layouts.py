@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,8 @@ def test_broken_json_is_told_by_its_place(tmp_path):
     items = [item for span in reader.spans(str(path), 10) for item in reader.items(span)]
     assert [item.data for item in items] == [{"id": 1}, None, None, {"id": 4}]
     assert items[1].place == f"{path}@10"
+    path.write_text('\n[1]\n{"id": 2}\n')  # lines, although the first is a list
+    assert [item.data for span in reader.spans(str(path), 10) for item in reader.items(span)] == [None, {"id": 2}]
     whole = tmp_path / "items.json"
     whole.write_text('[{"id": 1}, {"id": }, null, {"id": 3}, [' + "[" * 10**5 + ']{"id": 4}, "x" ]')
     for per_span in (1, 2, 10):
@@ -164,6 +167,16 @@ def test_plain_folder_with_fields_of_other_names(root):
     assert found == [expected(instruction="make it night", edit_type="background_change", id="3")]
 
 
+def test_images_of_several_inputs_lie_beside_each(tmp_path):
+    for folder, photograph in (("a", "china"), ("b", "flower")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.jpg").write_bytes(read(photograph))
+        (tmp_path / folder / "i.jsonl").write_text('{"image": "p.jpg"}')
+    layout = layouts.layout("folder", [str(tmp_path / "*" / "i.jsonl")])
+    found = [one.image for span in layout.spans(5) for one in layout.records(span, "set")]
+    assert found == [read("china"), read("flower")]
+
+
 def test_customization_has_a_record_for_each_prompt(root):
     item = dict(image="china.jpg", prompts=["the temple in snow", "the temple at night"], object="temple", id="t")
     found = records_of("customization", root, [item, dict(image="china.jpg", prompt="the temple on mars")])
@@ -219,7 +232,20 @@ def test_patterns_may_be_relative(tmp_path, monkeypatch):
         assert layouts.layout("folder", [pattern]).paths == found
 
 
+def test_rows_with_numbers_and_pixels_of_numpy():
+    rows = [
+        {"image": read("china"), "id": np.int64(7), "instruction": b"make it night"},
+        {"image": np.zeros((4, 4, 3), np.uint8)},
+    ]
+    layout = layouts.Layout(("rows",), "", layouts.plain, layouts.RowReader(lambda path: rows))
+    first, (place, error) = [found for span in layout.spans(5) for found in layout.records(span, "set")]
+    assert first == expected(id="7", instruction="make it night")
+    assert error.reason == "no_image" and "pixels of shape (4, 4, 3)" in str(error) and place == "rows[1]"
+
+
 def test_unknown_layouts_and_paths(tmp_path):
+    with pytest.raises(ValueError, match="'folder' has no splits; leave out 'test'"):
+        layouts.layout("folder", [str(tmp_path)], split="test")
     with pytest.raises(ValueError, match="unknown layout 'zip'"):
         layouts.layout("zip", ["x"])
     for path in ("nowhere.json", "*/nothing.json"):

@@ -67,6 +67,13 @@ def test_records_are_the_items_in_order(edits):
     }
 
 
+def test_workers_in_processes_of_their_own(edits):
+    alone = prepared(edits).manifest
+    (edits / "out").rename(edits / "alone")
+    options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    assert prepared(edits, beam_options=options).manifest == alone
+
+
 def test_a_span_may_be_written_again(edits):
     """Beam does so where a worker was lost, or thought to be."""
     layout = layouts.layout("release", [str(edits / "merged_edit_data.json")], str(edits / "images"))
@@ -138,6 +145,8 @@ def test_command_of_wrong_inputs_tells_in_one_line(edits, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*arguments, "--layout", "huggingface"])
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
     assert prepare.main() == 1 and "datasets" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr("sys.argv", [*arguments, "--layout", "folder", "--per-shard", "0"])
+    assert prepare.main() == 1 and "--per-shard must be 1 or more; found 0" in capsys.readouterr().err
     (edits / "cut.json").write_text('[{"id": 1}, {"id"')
     monkeypatch.setattr("sys.argv", [*arguments[:-1], str(edits / "cut.json"), "--layout", "release"])
     assert prepare.main() == 1 and "cut.json: the object" in capsys.readouterr().err.splitlines()[-1]

@@ -10,7 +10,7 @@ import pytest
 
 from npedit_jax.data import batches, edit_types, images, pipeline, questions, records
 from npedit_jax.data.batches import Feed, Reading
-from npedit_jax.data.sources import RecordSource
+from npedit_jax.data.sources import _SIDED, RecordSource, Unusable
 from tests.data import record_sets
 from tests.data.record_sets import BUCKETS, edits
 
@@ -269,6 +269,32 @@ def test_missing_texts_leave_a_record_out(made, tmp_path):
         source.edits({"texture": 1.0})
 
 
+def test_removals_without_an_object_are_never_trained_on(tmp_path):
+    made = record_sets.photograph_records(12)
+    for number in (1, 4):
+        record_sets.changed(made, number, object="")  # a removal, and a style, which needs none
+    found = record_sets.write(tmp_path, made)
+    assert len(found.kept()) == 12  # the index may be older than objects in it
+    source = RecordSource({"photographs": found}, BUCKETS)
+    pools = source.edits({"remove": 0.5, "style": 0.4, "nothing": 0.1}) | source.captioned()
+    seen = collections.Counter()
+    for name, pool in pools.items():
+        for bucket, size in enumerate(pool.sizes):
+            for place in range(size):
+                try:
+                    pool.read(bucket, place, np.random.default_rng(0))
+                    seen[name] += 1
+                except Unusable as error:
+                    seen[name, error.id, error.reason] += 1
+    assert seen == {
+        "remove/photographs": 5,
+        ("remove/photographs", "photographs/0001", "no_object"): 1,
+        "style/photographs": 6,
+        "nothing/photographs": 12,
+        "photographs": 12,
+    }
+
+
 def test_sets_are_mixed_by_weight_and_by_size(made, tmp_path):
     small = record_sets.write(tmp_path / "a", made[:30])
     large = record_sets.write(tmp_path / "b", made[30:])
@@ -281,6 +307,13 @@ def test_sets_are_mixed_by_weight_and_by_size(made, tmp_path):
     assert [pool.weight for pool in by_weight.values()] == [0.75, 0.25]
     with pytest.raises(ValueError, match="a weight for each"):
         RecordSource(sets, BUCKETS, weights={"small": 1})
+    alone = RecordSource(sets, BUCKETS, weights={"small": 0, "large": 2}).edits({"remove": 1.0})
+    assert {name: pool.weight for name, pool in alone.items()} == {"remove/large": 1.0}
+    with pytest.raises(ValueError, match="no record of edit type 'remove'"):
+        RecordSource(sets, BUCKETS, weights={"small": 0, "large": 0}).edits({"remove": 1.0})
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weights of 0 or more; found {'small':"):
+            RecordSource(sets, BUCKETS, weights={"small": wrong, "large": 1})
 
 
 def test_fraction_of_the_images_is_the_same_in_every_run(found):
@@ -317,6 +350,29 @@ def test_flip_leaves_texts_that_tell_the_sides_apart(made, tmp_path):
             assert same or (a["reference"][row] == b["reference"][row][:, ::-1]).all()
             kept |= {int(id.split("/")[1])} if same else set()
     assert kept == {0, 1, 2, 3, 4, 5, 9}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "add a handwritten note",
+        "in neat handwriting",
+        "a typewritten page",
+        "add subtitles",
+        "a newspaper headline",
+        "add the phrase hello",
+        "a quote of Goethe",
+        "Chinese characters on the wall",
+        "another typeface",
+        "calligraphy on paper",
+        "translate it into French",
+        "the alphabet on a blackboard",
+        "a tattoo of a name",
+    ],
+)
+def test_texts_about_writing_keep_their_side(text):
+    assert _SIDED.search(text)
+    assert not _SIDED.search("remove the cat from the sofa in bright light")
 
 
 def test_customization_has_its_prefix_and_questions(found, made, tmp_path):

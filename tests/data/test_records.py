@@ -129,6 +129,47 @@ def test_damage_is_found(tmp_path):
         assert error.value.reason == "unreadable"
 
 
+_FEW_FILES = """
+import os, pickle, resource, sys
+from npedit_jax.data import records
+files = lambda: len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
+before, shards = files(), pickle.loads(pickle.dumps(records.Records(sys.argv[1]).shards))
+for _ in range(2):
+    assert [shards[number].id for number in range(30)] == [f"cats-{number}" for number in range(30)]
+assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 128 and files() - before == 16, files() - before
+other, taken = pickle.loads(pickle.dumps(shards)), []
+try:
+    while True:
+        taken.append(open(os.devnull))
+except OSError:
+    pass
+try:
+    other[0]
+    sys.exit("not told")
+except OSError as error:
+    assert "Too many open files; the limit of this process is 128: raise it" in str(error), error
+taken.clear()
+assert other[0].id == "cats-0"
+"""
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path):
+    """A few are kept open; and where even these are too many, no record is taken for a bad one."""
+    records.write(tmp_path, "cats", [record(number) for number in range(30)], per_shard=1)
+    result = subprocess.run(
+        [sys.executable, "-c", _FEW_FILES, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_number_past_the_end(tmp_path):
+    found = records.write(tmp_path, "cats", [record(number) for number in range(3)], per_shard=2)
+    for number in (-1, 3):
+        with pytest.raises(IndexError, match=f"record {number} of 3"):
+            found[number]
+
+
 def test_directories_without_records_or_of_another_time(tmp_path):
     with pytest.raises(FileNotFoundError, match="no records in"):
         records.Records(tmp_path)
@@ -167,6 +208,17 @@ def test_a_manifest_without_a_field_is_damaged_and_so_is_an_index_without_rows(t
     np.savez(tmp_path / "index.npz", rows=np.zeros((), records.INDEX_TYPE))
     with pytest.raises(ValueError, match="is damaged .TypeError"):
         records.Records(tmp_path)
+
+
+def test_an_index_of_before_objects_is_read(tmp_path):
+    found = records.write(tmp_path, "cats", [record(0), record(2, object="")])
+    assert found.index["object"].tolist() == [3, 0]
+    older = [name for name in records.INDEX_TYPE.names if name != "object"]
+    rows = np.array(found.index[older].tolist(), [(name, records.INDEX_TYPE[name]) for name in older])
+    np.savez(tmp_path / "index.npz", rows=rows)
+    assert records.Records(tmp_path).index["object"].tolist() == [-1, -1]
+    assert records.Records(tmp_path).index[older].tolist() == found.index[older].tolist()
+    assert select.apply(tmp_path, select.Filters())["no_object"] == 0  # the batches will tell
 
 
 def test_the_page_tells_the_size_of_the_index():

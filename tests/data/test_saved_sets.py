@@ -68,6 +68,41 @@ def test_hugging_face_rows(tmp_path):
         found = [record for span in layout.spans(1) for record in layout.records(span, "hub")]
         assert [record.instruction for record in found] == ["one", "two"]
         assert found[1].image == save(picture("coffee")) and found[1].source == "hub"
-    datasets.DatasetDict({"validation": rows}).save_to_disk(str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="has the splits .'validation'. and none called train"):
+    datasets.DatasetDict({"validation": rows}).save_to_disk(str(tmp_path / "only"))
+    assert len(saved_sets.open_huggingface(str(tmp_path / "only"))) == 2
+    datasets.DatasetDict({"validation": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="has the splits .'test', 'validation'. and none called train"):
         saved_sets.open_huggingface(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="and no 'train'"):
+        saved_sets.open_huggingface(str(tmp_path / "other"), "train")
+    with pytest.raises(ValueError, match="holds rows and no splits"):
+        saved_sets.open_huggingface(str(tmp_path / "saved"), "train")
+    layout = layouts.layout("huggingface", [str(tmp_path / "other")], fields={"instruction": "prompt"}, split="test")
+    assert [one.instruction for span in layout.spans(1) for one in layout.records(span, "hub")] == ["two"]
+
+
+def test_hugging_face_labels_have_their_names(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"image": datasets.Value("binary"), "edit_type": datasets.ClassLabel(names=["style", "remove"])}
+    columns = {"image": [save(picture("china"))] * 3, "edit_type": [1, 0, None]}
+    rows = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    layout = layouts.layout("huggingface", [str(tmp_path / "saved")])
+    found = [record.edit_type for span in layout.spans(2) for record in layout.records(span, "hub")]
+    assert found == ["remove", "style", ""]
+
+
+def test_tensorflow_labels_have_their_names(tfrecords):
+    path = tfrecords / "features.json"
+    features = json.loads(path.read_text())
+    features["featuresDict"]["features"]["width"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
+        "classLabel": {"numClasses": "641"},
+    }
+    path.write_text(json.dumps(features))
+    (tfrecords / "width.labels.txt").write_text("\n".join(f"w{number}" for number in range(641)) + "\n")
+    opened = saved_sets.open_tfds(str(tfrecords))
+    assert [opened[number]["width"] for number in (0, 1)] == ["w640", "w600"] and len(opened) == 7
+    assert len(saved_sets.open_tfds(str(tfrecords), "train")) == 7
+    with pytest.raises(ValueError, match="and no 'test'"):
+        saved_sets.open_tfds(str(tfrecords), "test")

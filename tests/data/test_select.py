@@ -20,17 +20,19 @@ def test_each_reason_and_back(tmp_path):
         record(4, instruction=""),
         record(5, instruction="x" * 1001),
         record(6, edit_type="zoom_in"),
+        record(10, object=""),
         record(8),
+        record(9, object=""),
     ]
     records.write(tmp_path, "cats", written, per_shard=3)
     before = [path.read_bytes() for path in sorted(tmp_path.glob("*.array_record*"))]
     assert select.apply(tmp_path, Filters()) == dict.fromkeys(select.REASONS, 1)
     found = records.Records(tmp_path)
-    assert [found[number].id for number in found.kept()] == ["cats-0", "cats-8"]
+    assert [found[number].id for number in found.kept()] == ["cats-0", "cats-8", "cats-9"]
     assert found.manifest["filters"] == dataclasses.asdict(Filters())
-    everything = Filters(False, 0, 100.0, False, 10_000, False)
+    everything = Filters(False, 0, 100.0, False, 10_000, False, False)
     assert select.apply(tmp_path, everything) == dict.fromkeys(select.REASONS, 0)
-    assert len(records.Records(tmp_path).kept()) == 8
+    assert len(records.Records(tmp_path).kept()) == 10
     assert before == [path.read_bytes() for path in sorted(tmp_path.glob("*.array_record*"))]
 
 

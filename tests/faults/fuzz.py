@@ -145,14 +145,15 @@ def _record_image(data: bytes, folder: pathlib.Path) -> None:
 
 def _record_image_seeds() -> list[bytes]:
     kinds = [("RGBA", "PNG"), ("P", "PNG"), ("I;16", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("RGB", "WEBP")]
-    return [_encoded(mode, kind) for mode, kind in kinds]
+    infinite = b"Exif\0\0II*\0" + struct.pack("<IHHHIfI", 8, 1, 0x0112, 11, 1, float("inf"), 0)  # a FLOAT
+    return [_encoded(mode, kind) for mode, kind in kinds] + [_encoded("RGB", "JPEG", infinite)]
 
 
-def _encoded(mode: str, kind: str) -> bytes:
+def _encoded(mode: str, kind: str, exif: bytes = b"") -> bytes:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8))
-    exif, data = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
-    picture.convert("L" if mode == "I;16" else mode).convert(mode).save(data, format=kind, exif=exif)
+    turned, data = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    picture.convert("L" if mode == "I;16" else mode).convert(mode).save(data, format=kind, exif=exif or turned)
     return data.getvalue()
 
 
