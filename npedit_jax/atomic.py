@@ -11,13 +11,18 @@ from etils import epath
 def file(path: epath.PathLike) -> Iterator[epath.Path]:
     """A path beside `path` to write a file at, which takes its place at the end, or goes on an error."""
     path = epath.Path(path)
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(partial_name(path.name))
     try:
         yield partial
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_name(name: str) -> str:
+    """What a file is called until it is whole; a kill may leave one behind, which the next writing replaces."""
+    return f".{name}.tmp"
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -36,9 +36,11 @@ def main(argv: list[str]) -> None:
 
         config = _CONFIG.value
         mesh = parallel.make_mesh(**config.mesh.to_dict(), devices=devices)
-        height, width = (int(side) for side in _SIZE.value.split("x"))
+        height, _, width = _SIZE.value.partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise ValueError(f"--size is HEIGHTxWIDTH, such as 512x512; found {_SIZE.value!r}")
         text = epath.Path(_TEXT.value) if _TEXT.value else None
-        found = report.compile_run(config, mesh, chip, (height, width), only=_ONLY.value, text=text)
+        found = report.compile_run(config, mesh, chip, (int(height), int(width)), only=_ONLY.value, text=text)
     except ValueError as error:
         sys.exit(f"compile: {error}")
     print(report.text(found, f"{_TOPOLOGY.value} x {_SLICES.value}"))

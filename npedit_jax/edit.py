@@ -156,6 +156,8 @@ def sheet(
 ) -> None:
     """Writes one picture with an edit for each instruction (a row) and seed (a column); raises as `edit`."""
     check_output(output)
+    if _place(image) == _place(output):
+        raise ValueError(f"sheet {output} is also the image to edit; give it another name")
     requests = [Request(image, instruction, output, seed) for instruction in instructions for seed in seeds]
     made = dict(make(checkpoint, requests, options))
     rows, reference = [], pictures.read(image)
@@ -230,7 +232,8 @@ def _make_batch(
         return [Edit(Image.fromarray(pixels), seed, editor.step) for pixels, seed in zip(edited, seeds, strict=True)]
     asked = [judge.questions(instruction) for instruction in instructions]
     scores = successes(judge(repeated, edited, asked, batch=size), asked)
-    best = scores.prod(axis=1).reshape(-1, tries).argmax(axis=1) + tries * np.arange(len(requests))
+    known = np.nan_to_num(scores.prod(axis=1), nan=-1.0)  # a try that the scorer cannot judge is the best of none
+    best = known.reshape(-1, tries).argmax(axis=1) + tries * np.arange(len(requests))
     return [Edit(Image.fromarray(edited[row]), seeds[row], editor.step, tuple(scores[row].tolist())) for row in best]
 
 

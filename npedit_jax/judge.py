@@ -50,8 +50,9 @@ class Judge:
         config = workdirs.read_config(run)
         if not has_scorer(config):
             raise workdirs.WorkdirError(f"{run} learned from no scorer; leave out what asks for its scores")
-        own = config.data.tasks[task].templates if task and "tasks" in config.data else config.data.templates
-        wordings = questions.templates(templates or own)
+        own = config.data.tasks[task] if task and "tasks" in config.data else config.data
+        changes = own.get("questions") if templates in ("", own.templates) else None
+        wordings = questions.templates(templates or own.templates, changes)
         scorer = networks.on_this_machine(networks.create(config.networks.scorer, rng=None))
         directory = networks.resolve(config.data.scorer_tokenizer)
         tokenizer = ScorerTokenizer(directory, scorer.module.image_tokens, config.data.question_length)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 from etils import epath
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from npedit_jax.data import images
 
@@ -33,8 +33,12 @@ def decode(data: bytes, name: str = "the image") -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if math.prod(image.size) > images.MAX_PIXELS:  # Pillow's own limit is higher
-            raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+        # Pillow's own limit is higher, and a TIFF is decoded a whole tile at a time, however small the picture is.
+        tags = getattr(image, "tag_v2", {})
+        tile = tuple(int(tags.get(tag, 1)) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+        for size in (image.size, tile):
+            if math.prod(size) > images.MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{size[0]}x{size[1]}")
         with image:
             return upright(image)
     except Image.DecompressionBombError as error:

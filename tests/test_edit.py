@@ -8,7 +8,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from npedit_jax import Editor, edit, pictures, sampling
 from npedit_jax.data import questions
@@ -192,6 +192,25 @@ def test_picture_with_too_many_pixels_is_refused_unread():
         pictures.decode(bomb)
 
 
+def test_picture_in_a_tile_of_too_many_pixels_is_refused_unread():
+    file = io.BytesIO()
+    Image.new("L", (16, 16)).save(file, format="TIFF")
+    assert pictures.decode(file.getvalue()).size == (16, 16)
+    side = 26_720  # of the tile, which Pillow would allocate whole: 2 GB in RGB
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[TiffImagePlugin.TILEWIDTH] = tags[TiffImagePlugin.TILELENGTH] = side
+    file = io.BytesIO()
+    Image.new("L", (16, 16)).save(file, format="TIFF", tiffinfo=tags)
+    with pytest.raises(ValueError, match=f"more than 67108864 pixels.*{side}x{side}"):
+        pictures.decode(file.getvalue())
+
+
+def test_sheet_does_not_take_the_place_of_its_picture(run, folder, capsys):
+    words = ["--checkpoint", str(run), "--image", "good.png", "--sheet", "./good.png"]
+    told = _told(capsys, folder, [*words, "--instruction", "remove the circle"])
+    assert "sheet ./good.png is also the image to edit" in told
+
+
 def test_sheet_shows_every_instruction_and_seed(run, tmp_path):
     Image.fromarray(_images(1)[0]).resize((90, 60)).save(tmp_path / "in.png")
     words = ["--checkpoint", str(run), "--image", str(tmp_path / "in.png"), "--sheet", str(tmp_path / "sheet.png")]
@@ -333,6 +352,7 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(run, folder, capsys, c
         ({"seed": True}, "seed must be of type int, found True"),
         ({"sed": 1}, "unknown fields sed"),
         ({"instruction": "make the dog purple"}, "unknown words: dog, purple"),
+        ({"instruction": "remove \ud800"}, "half of a character"),
         ({"output": "folder.png"}, "is a folder"),
         ({"output": "a.png"}, "output a.png is asked for twice"),
         ({"output": "./good.png"}, "output ./good.png is also an image to edit"),

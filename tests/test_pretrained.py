@@ -22,7 +22,10 @@ FLOORS = {
     "replace edit": 80,
     "recolor identity": 65,
     "vqa": 90,
+    "replace look": 90,
 }
+# Between even and clearly uneven new outlines, mean P(done): what the editor learns crisp shapes from.
+OUTLINES_APART = {"circle": 0.2, "rectangle": 0.3, "triangle": 0.5}
 
 
 def _config(name):
@@ -72,6 +75,12 @@ def test_they_do_what_they_are_for(stage, monkeypatch):
     assert floors
     for name, floor in floors.items():
         assert found[name] >= floor, (name, found[name])
+
+
+def test_the_scorer_tells_even_outlines_from_uneven_ones():
+    found = {name.split(" outline: ")[0]: value for name, value in easyvqa_pretrained.outline_figures(None, 150)}
+    for kind, apart in OUTLINES_APART.items():
+        assert found[f"new {kind}, even"] - found[f"new {kind}, uneven"] >= apart, kind
 
 
 def test_the_student_copies_before_it_learns_to_edit(monkeypatch):

@@ -116,8 +116,13 @@ def compile_run(
       side: height and width of the pictures.
       only: compiles programs whose name holds this.
       text: directory for the text of each compiled program.
+
+    Raises:
+      ValueError: no program's name holds `only`.
     """
     made, held = programs(config, mesh, side)
+    if not any(only in name for name in made):
+        raise ValueError(f"no program's name holds {only!r}; they are {', '.join(made)}")
     reports, failures = {}, []
     for name, program in made.items():
         if only not in name:

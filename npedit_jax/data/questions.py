@@ -4,11 +4,18 @@ A template's text may hold {instruction} and {object} (the noun of what is edite
 passed on. Three tables: EDITING in full sentences, for a pretrained scorer (meaning as in the NP-Edit release's
 `data/instruct.py`); CUSTOMIZATION likewise, where the reference shows a subject and the instruction asks for a new
 scene with it (the paper's second task); and EASYVQA in a few lower-case words, for the small scorer with a word-level
-vocabulary.
+vocabulary. A question called "edit_TYPE" or "identity_TYPE" is asked about edits of that type in the place of the
+general one. A config can replace and add questions of its table (`data.questions`):
+
+    config.data.questions = dict(
+        edit_style=dict(text="Is this the style of the image: {instruction}?", images=(1,), answer=True)
+    )
 """
 
 import dataclasses
+import string
 from collections.abc import Mapping
+from typing import Any
 
 FIELDS = ("instruction", "object", "question")
 BOTH, EDITED = (0, 1), (1,)  # which images a question shows: the reference is 0, the edit is 1
@@ -27,6 +34,16 @@ class Template:
     text: str
     images: tuple[int, ...]
     answer: bool
+
+    def __post_init__(self) -> None:
+        gaps = {name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None}
+        if unknown := sorted(gaps - set(FIELDS)):
+            raise ValueError(f"question {self.text!r} has gaps {unknown}; known are {FIELDS}")
+        if self.images not in (BOTH, EDITED) or not isinstance(self.answer, bool):
+            raise ValueError(
+                f"question {self.text!r} must show images {BOTH} or {EDITED} and be answered with True or False, found "
+                f"{self.images} and {self.answer!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +129,24 @@ TASK_PREFIXES: Mapping[str, str] = {
     "customization": "Show the subject of this image in a new scene: ",
 }
 
-# The kinds of (edit verification, identity) by edit type, where they differ from ("edit", "identity").
-_KINDS = {"remove": ("edit_remove", "identity_remove")}
 
+def templates(name: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Templates:
+    """The table of that name, with questions replaced or added, both as a config gives them.
 
-def templates(name: str) -> Templates:
-    """The table of that name, as a config gives it; raises ValueError where there is none."""
+    Raises:
+      ValueError: no such table, or a change that is no template.
+    """
     if name not in TEMPLATES:
         raise ValueError(f"unknown question templates {name!r}; choose one of {tuple(TEMPLATES)}")
-    return TEMPLATES[name]
+    fields, made = {field.name for field in dataclasses.fields(Template)}, {}
+    for kind, given in (changes or {}).items():
+        if kind.partition("_")[0] not in TEMPLATES[name] or set(given) != fields:
+            raise ValueError(
+                f"question {kind!r} of a config has {', '.join(given)}; expected {', '.join(sorted(fields))} of a "
+                f"question called by one of {tuple(TEMPLATES[name])} or by edit_TYPE, identity_TYPE"
+            )
+        made[kind] = Template(given["text"], tuple(given["images"]), given["answer"])
+    return {**TEMPLATES[name], **made}
 
 
 def ask(table: Templates, kind: str, *, answer: float | None = None, **fields: str) -> Question:
@@ -141,6 +167,6 @@ def ask(table: Templates, kind: str, *, answer: float | None = None, **fields: s
 
 def edit_questions(table: Templates, edit_type: str, *, instruction: str, object: str) -> tuple[Question, Question]:
     """The two questions about one edit: (edit verification, identity), with the answers of a good edit."""
-    kinds = _KINDS.get(edit_type, ("edit", "identity"))
+    kinds = (f"{role}_{edit_type}" if f"{role}_{edit_type}" in table else role for role in ("edit", "identity"))
     edit, identity = (ask(table, kind, instruction=instruction, object=object) for kind in kinds)
     return edit, identity

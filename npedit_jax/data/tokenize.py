@@ -323,6 +323,10 @@ def _refuse_special(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> No
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"{text!r} is no text: it holds half of a character ({error.reason}); write it anew") from error
     encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = zip(encoding.tokens, encoding.offsets, strict=True)
     unknown = [text[slice(*span)] for token, span in spans if token == UNKNOWN]

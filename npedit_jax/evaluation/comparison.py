@@ -95,9 +95,12 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
     if len(set(names)) < len(names):
         names = [str(run.directory) for run in runs]
     rows = [{row["key"]: row for row in run.rows()} for run in runs]
-    common = [key for key in rows[0] if all(key in other for other in rows)]
+    common = [key for key, row in rows[0].items() if all(_same(row, other.get(key)) for other in rows)]
     if not common:
-        raise ValueError(f"{' and '.join(str(run.directory) for run in runs)} have no edit in common")
+        raise ValueError(
+            f"{' and '.join(str(run.directory) for run in runs)} have no edit in common: none of the same picture, "
+            "instruction and mask"
+        )
     tables: dict[str, list] = {}
     summaries = [results_lib.summarise([mine[key] for key in common]) for mine in rows]
     for part, tasks in summaries[0].items():
@@ -128,6 +131,11 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(page, text)
+
+
+def _same(row: results_lib.Row, other: results_lib.Row | None) -> bool:
+    """Whether both are of one case: keys are numbers in some benchmarks, the same for other pictures."""
+    return other is not None and all(row.get(name) == other.get(name) for name in ("case", "instruction", "part"))
 
 
 def _link(page: epath.Path, file: epath.Path) -> str:

@@ -30,6 +30,7 @@ def preservation(reference: Image.Image, edited: Image.Image, mask: Image.Image 
     window = min(WINDOW, *before.shape[:2])
     window -= 1 - window % 2
     _, similarity = metrics.structural_similarity(before, after, win_size=window, channel_axis=-1, full=True)
-    error = float(np.mean(np.square(before[outside].astype(np.float64) - after[outside])))
-    psnr = 100.0 if error == 0 else min(100.0, 10.0 * np.log10(255.0**2 / error))
+    before, after = before[outside], after[outside]
+    same = np.array_equal(before, after)
+    psnr = 100.0 if same else min(100.0, metrics.peak_signal_noise_ratio(before, after, data_range=255))
     return {"ssim": float(similarity[outside].mean()), "psnr": float(psnr)}

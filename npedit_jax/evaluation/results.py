@@ -57,7 +57,8 @@ class Results:
         elif settings is None:
             raise ValueError(f"{directory} holds no results (no settings.json)")
         else:
-            if self.directory.exists() and any(self.directory.iterdir()):
+            left = atomic.partial_name(file.name)  # by one killed before it began
+            if self.directory.exists() and any(path.name != left for path in self.directory.iterdir()):
                 raise ValueError(f"{directory} is not empty and holds no results; take another --name or --output")
             self.settings = dict(settings)
             self.directory.mkdir(parents=True, exist_ok=True)

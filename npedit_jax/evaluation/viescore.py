@@ -101,7 +101,7 @@ class Grader:
                 f"{answers} has answers of {', '.join(others)}: grades of several models do not go together; give "
                 "that model, or move the file away"
             )
-        if self._answers:  # more lines are to come, and a crash may have cut the last one short
+        if self._file.exists():  # more lines are to come, and a crash may have cut the last one short
             atomic.write_text(self._file, "".join(json.dumps(row) + "\n" for row in self._answers.values()))
 
     def ask(self, questions: Iterable[Question], advance: Callable[[int], Any] = lambda count: None) -> None:

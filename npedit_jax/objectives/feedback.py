@@ -7,11 +7,11 @@ FORMS = ("yes_no", "vocabulary")
 
 
 def temperature(step: jax.Array, start: float, end: float, steps: int) -> jax.Array:
-    """Factor on the logits: rises linearly from `start` to `end` over the first `steps` steps, then stays.
+    """Factor on the logits: rises linearly from `start` to `end` over the first `steps` steps (0: none), then stays.
 
     A small factor flattens the answers while the student's pictures are still far from the scorer's data.
     """
-    return start + (end - start) * jnp.minimum(1.0, step / max(steps, 1))
+    return start + (end - start) * jnp.minimum(1.0, step / steps) if steps else jnp.asarray(end, jnp.float32)
 
 
 def answer_loss(

@@ -64,7 +64,7 @@ def _easyvqa_pairs(config: Config, modules: Modules) -> grain.MapDataset:
 
 
 def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
-    templates, data = questions.templates(config.data.templates), easyvqa.load("train")
+    templates, data = _templates(config.data), easyvqa.load("train")
     pairs = scorer_pairs.PairSource(data, templates, config.data.options.questions)
     tokenizer = _questions(config, modules["scorer"].image_tokens)
     options = dict(tokenizer=tokenizer, templates=templates, pairs=pairs, **config.data.options.to_dict())
@@ -74,7 +74,7 @@ def _scorer_pairs(config: Config, modules: Modules) -> grain.MapDataset:
 def _edits(config: Config, modules: Modules) -> grain.MapDataset:
     source, options = _source(config)
     weights = options.pop("edit_weights")
-    tasks = {"": pipeline.Task(source, weights, questions.templates(config.data.templates))}
+    tasks = {"": pipeline.Task(source, weights, _templates(config.data))}
     if "tasks" in config.data:
         tasks = {name: _task(config, name, weights) for name in config.data.tasks}
     scorer = _questions(config, modules["scorer"].image_tokens)
@@ -88,7 +88,7 @@ def _task(config: Config, name: str, weights: Mapping[str, float]) -> pipeline.T
     return pipeline.Task(
         source,
         weights if name == "editing" else {name: 1.0},
-        questions.templates(spec.templates),
+        _templates(spec),
         questions.TASK_PREFIXES[name] if config.data.task_prefix else "",
         spec.weight,
     )
@@ -121,6 +121,11 @@ def _sets(paths: str) -> tuple[dict[str, Records], dict[str, float]]:
         sets[name] = found
         weights |= {name: float(weight)} if weight else {}
     return sets, weights
+
+
+def _templates(asked: Config) -> questions.Templates:
+    """The questions of `data`, or of one of its tasks: a table, and what the config changes of it."""
+    return questions.templates(asked.templates, asked.get("questions"))
 
 
 def _text(config: Config) -> TextTokenizer:

@@ -67,6 +67,15 @@ class EditSettings:
             raise ValueError(f"step.times must fall from 1.0 and stay above 0, found {times}")
         if self.max_unroll not in (1, 2):
             raise ValueError(f"step.max_unroll must be 1 or 2, found {self.max_unroll}")
+        for name, known in (("scorer_form", feedback.FORMS), ("dmd_normalizer", matching.NORMALIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"step.{name} must be one of {known}, found {getattr(self, name)!r}")
+        for part in ("dmd", "guidance"):
+            low, high = getattr(self, f"{part}_low"), getattr(self, f"{part}_high")
+            if not 0.0 <= low < high <= 1.0:
+                raise ValueError(f"step.{part}_low and {part}_high must rise within 0 and 1, found {low} and {high}")
+        if self.accumulate < 1:
+            raise ValueError(f"step.accumulate must be 1 or more, found {self.accumulate}")
 
     @property
     def lengths(self) -> tuple[int, ...]:

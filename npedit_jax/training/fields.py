@@ -34,8 +34,13 @@ OF_STAGE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "supervised": {"": ("sampling",), "data": _TEXT, "sampling": _EDITING},
 }
-# A config has all fields of a choice, or none: adapters, records in the place of easy-VQA, several tasks.
-CHOICES = (("", ("lora",)), ("data", ("records", "buckets")), ("data", ("tasks", "task_prefix")))
+# A config has all fields of a choice, or none: adapters, records in the place of easy-VQA, several tasks, questions.
+CHOICES = (
+    ("", ("lora",)),
+    ("data", ("records", "buckets")),
+    ("data", ("tasks", "task_prefix")),
+    ("data", ("questions",)),
+)
 # Of the options of data, the rest of which the stage's function takes by name.
 FROM_SOURCE = ("autoencoder", "base", "warmup", "npedit")
 SOURCE = ("fraction",)

@@ -48,15 +48,22 @@ def run(
 def _run(
     config: ml_collections.ConfigDict, stage: stages.Stage, workdir: epath.PathLike, preview: Preview | None
 ) -> state.TrainState:
-    train_state, frozen = stage.start(), stage.frozen()
-    guard = config.guard
+    guard, frozen = config.guard, stage.frozen()
     batches = Watched(iterate(stage.dataset, stage.reading), guard.data_seconds)
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    start, found = 0, checkpoints.newest(lambda step: checkpoints.restore(step, train_state))
+    like = stage.shapes()
+
+    def restore(step: int) -> tuple[state.TrainState, dict[str, Any]]:
+        stage.drop_initial()
+        return checkpoints.restore(step, like)
+
+    start, found = 0, checkpoints.newest(restore)
     if found:
         start, (train_state, position) = found
         batches.set_state(position)
         logging.info("resumed from step %d", start)
+    else:
+        train_state = stage.start()
     skipped = jax.device_get(train_state.skipped)
     limit = SkipLimit(guard.skipped_share, guard.window, stages.updates(config), start, skipped)
     meter = telemetry.Meter(workdir, start, work.of_step(config, stage))
@@ -97,6 +104,7 @@ def _run(
                 if saves:
                     pending = _log(log, bar, limit, pending)
                     log.flush()
+                    limit.check(step, _values(metrics))  # a checkpoint is from before the limit, between logs as well
                     checkpoints.save(step, train_state, batches.get_state(), force=last)
                 if shows:
                     preview(stage, train_state, frozen, step)
@@ -147,7 +155,11 @@ def _log(log: telemetry.MetricsLog, bar: Any, limit: SkipLimit, pending: Pending
     if pending is None:
         return
     step, metrics, times = pending
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = _values(metrics)
     log.write(step, values | times)
     bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
     limit.check(step, values)
+
+
+def _values(metrics: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -37,7 +37,7 @@ def scale_by_second_moment(b2: float, epsilon: float) -> optax.GradientTransform
 
 def schedule(peak: float, end: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then a cosine down to `end` at `steps`; `end == peak` stays constant."""
-    after = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), alpha=end / peak)
+    after = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), alpha=end / peak if peak else 0.0)
     if warmup_steps == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])

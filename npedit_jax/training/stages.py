@@ -60,10 +60,26 @@ class Stage:
 
     def start(self) -> state.TrainState:
         """The state at step 0, which takes the initial parameters over."""
-        params = {name: self.networks[name].params for name in self.rules}
-        create = functools.partial(state.create, rules=self.rules, averaged=self.averaged)
-        shardings = state_shardings(self.mesh, jax.eval_shape(create, params), self.offload)
-        return parallel.place(create, shardings, params, donate=(0,))
+        places = jax.tree.map(lambda x: x.sharding, self.shapes())
+        return parallel.place(self._create, places, self._initial, donate=(0,))
+
+    def shapes(self) -> state.TrainState:
+        """The shape, type and place of each of the state's arrays."""
+        found = jax.eval_shape(self._create, self._initial)
+        places = state_shardings(self.mesh, found, self.offload)
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), found, places)
+
+    def drop_initial(self) -> None:
+        """Frees the initial parameters, for a state that is read: both would not fit. There is no `start` after."""
+        for array in jax.tree.leaves(self._initial):
+            array.delete()
+
+    @property
+    def _initial(self) -> dict[str, Any]:
+        return {name: self.networks[name].params for name in self.rules}
+
+    def _create(self, params: dict[str, Any]) -> state.TrainState:
+        return state.create(params, self.rules, self.averaged)
 
     def frozen(self) -> dict[str, Any]:
         """Parameters of all others, in the place where they lie during the run."""

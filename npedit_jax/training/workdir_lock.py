@@ -159,7 +159,7 @@ class Lease:
                     self._on_lost()
                     return
                 self._write(number)
-            except OSError as error:  # a bucket out of reach for a moment; the next renewal may succeed
+            except Exception as error:  # a bucket out of reach for a moment, told by whatever its library raises
                 logging.warning("the lease %s was not renewed: %s", self._path, error)
 
     def _write(self, number: int) -> None:

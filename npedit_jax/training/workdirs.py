@@ -68,7 +68,8 @@ def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
                 "Take another --workdir, or these values."
             )
         return [line for _, line in different]
-    if workdir.exists() and any(path.name not in (LOCK, LEASE) for path in workdir.iterdir()):
+    empty = (LOCK, LEASE, atomic.partial_name(path.name))  # the last of a run killed before it began
+    if workdir.exists() and any(file.name not in empty for file in workdir.iterdir()):
         raise WorkdirError(f"{workdir} is not empty and holds no run (no config.json); take another --workdir")
     return []
 

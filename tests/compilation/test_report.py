@@ -71,6 +71,11 @@ def test_resident_bytes_are_those_of_the_state_and_the_frozen_networks():
     assert 4 * student + others <= expected < 4 * student + others + 100  # parameters, two moments, average; counters
 
 
+def test_a_name_that_no_program_has_is_told():
+    with pytest.raises(ValueError, match="no program's name holds 'smaple'; they are .*sample"):
+        report.compile_run(make_config(), parallel.make_mesh(), CHIP, (64, 64), only="smaple")
+
+
 def test_other_stages_are_refused():
     config = make_config()
     config.stage = "base"

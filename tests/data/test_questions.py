@@ -56,6 +56,35 @@ def test_easyvqa_wordings_are_lower_case():
         assert template.text == template.text.lower()
 
 
+def test_a_config_replaces_and_adds_questions():
+    changes = dict(
+        edit=dict(text="done? {instruction}", images=[0, 1], answer=True),
+        edit_style=dict(text="is the old style of {object} gone?", images=(1,), answer=False),
+    )
+    table = questions.templates("editing", changes)
+    assert table["identity"] == questions.EDITING["identity"] and len(table) == len(questions.EDITING) + 1
+    asked = {name: questions.edit_questions(table, name, instruction="b", object="a")[0] for name in ("style", "text")}
+    assert asked["style"] == questions.Question("edit_style", "is the old style of a gone?", (1,), 0.0)
+    assert asked["text"] == questions.Question("edit", "done? b", (0, 1), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "told"),
+    [
+        ("edit", dict(text="{instructions}?", images=(1,), answer=True), "gaps .'instructions'."),
+        ("edit", dict(text="{}?", images=(1,), answer=True), "gaps"),
+        ("edit", dict(text="?", images=(2,), answer=True), "must show images"),
+        ("edit", dict(text="?", images=(), answer=True), "must show images"),
+        ("edit", dict(text="?", images=(1,), answer="Yes"), "answered with True or False"),
+        ("edit", dict(text="?", images=(1,)), "expected answer, images, text"),
+        ("style", dict(text="?", images=(1,), answer=True), "edit_TYPE"),
+    ],
+)
+def test_questions_of_a_config_that_are_none_are_told(kind, given, told):
+    with pytest.raises(ValueError, match=told):
+        questions.templates("editing", {kind: given})
+
+
 def test_unknown_templates_are_named():
     with pytest.raises(ValueError, match="unknown question templates 'painting'; choose one of .*easyvqa"):
         questions.templates("painting")

@@ -10,7 +10,7 @@ from PIL import Image
 from skimage import data
 
 from npedit_jax import evaluate
-from npedit_jax.evaluation import results
+from npedit_jax.evaluation import comparison, results
 from tests.evaluation.test_cases import write_dreambooth, write_gedit
 from tests.evaluation.vie_server import good, serving
 from tests.tiny_editor import write_run
@@ -189,6 +189,26 @@ def test_damaged_results_are_told(tmp_path, settings, edits, told):
     (tmp_path / "edits.jsonl").write_text(edits)
     with pytest.raises(ValueError, match=told):
         results.Results(tmp_path)
+
+
+def test_results_begin_again_where_a_kill_left_half_of_their_settings(tmp_path):
+    (tmp_path / ".settings.json.tmp").write_text('{"se')
+    results.Results(tmp_path, {"seed": 0})
+    assert results.Results(tmp_path).settings == {"seed": 0}
+
+
+def test_edits_of_different_cases_are_not_put_side_by_side(tmp_path):
+    picture, runs = Image.new("RGB", (8, 8)), []
+    for name, case, instruction in (("a", 1, "remove the cup"), ("b", 1, "remove the cup"), ("c", 2, "make it blue")):
+        runs.append(results.Results(tmp_path / name, {"seed": 0}))
+        for key, digest in (("all/00001", case), ("all/00002", 7)):
+            row = dict(key=key, task="all", part="", instruction=instruction if digest == case else "the same")
+            runs[-1].add(row | dict(case=digest, seed=0), picture, picture)
+    comparison.write(tmp_path / "page.html", runs[:2], "two")
+    assert (tmp_path / "page.html").read_text().count("remove the cup") > 0
+    comparison.write(tmp_path / "page.html", [runs[0], runs[2]], "two")
+    text = (tmp_path / "page.html").read_text()
+    assert "the same" in text and "remove the cup" not in text and "make it blue" not in text
 
 
 def test_directory_that_holds_no_results_is_refused(tmp_path):

@@ -51,6 +51,14 @@ def test_customization_is_asked_about_the_subject(tmp_path):
     assert sum("the subject is the very same" in text and "make {it} 0" in text for text in texts) == 1
 
 
+def test_an_answer_after_a_first_line_cut_short_is_kept(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"key": "task/0", "ki')
+    with serving(good) as server:
+        _grader(server, tmp_path).ask(_questions(1))
+    assert len(server.requests) == 2
+    assert len(viescore.read_answers(tmp_path / "answers.jsonl")) == 2
+
+
 def test_what_is_answered_is_not_asked_again(tmp_path):
     with serving(good) as server:
         _grader(server, tmp_path).ask(_questions(2))

@@ -78,6 +78,20 @@ def test_lease_that_nobody_renews_runs_out(tmp_path):
         assert time.monotonic() - started > 0.8
 
 
+def test_lease_outlives_any_error_of_a_renewal(tmp_path):
+    class Hindered(Lease):
+        def _write(self, number):
+            if number == 1:
+                raise RuntimeError("as a bucket's library may raise")
+            super()._write(number)
+
+    with Hindered(tmp_path / "lease", seconds=0.8, settle=0.05) as lease:
+        deadline = time.monotonic() + 30
+        while '"renewal": 2' not in lease._read():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_of_two_that_start_together_the_last_writer_holds_it(tmp_path):
     class Overtaken(Lease):
         def _write(self, number):

@@ -58,6 +58,16 @@ def test_run_ends_by_itself_above_the_share_with_a_checkpoint_from_before(tmp_pa
     assert int(final.step) == 16 and int(final.skipped["autoencoder"]) == 2
 
 
+def test_no_checkpoint_is_from_after_the_limit_although_nothing_is_logged_there(tmp_path):
+    config = _config()
+    config.log.every, config.checkpoint.every = 8, 3
+    config.guard.skipped_share, config.guard.window = 0.25, 4
+    workdirs.open_run(tmp_path / "run", config)
+    with pytest.raises(RunFault, match="step 12: 4 updates of autoencoder"):
+        loop.run(config, _stage_with_bad_steps(lambda step: step > 8), tmp_path / "run")
+    assert max(saved(tmp_path / "run")) == 9
+
+
 def test_run_within_the_share_goes_on(tmp_path):
     config = _config()
     workdirs.open_run(tmp_path / "run", config)

@@ -42,6 +42,7 @@ def test_soft_answers_are_best_at_their_own_probability():
 def test_temperature_rises_and_stays():
     values = [float(feedback.temperature(jnp.asarray(step), 0.1, 1.0, 2000)) for step in (0, 306, 2000, 9000)]
     np.testing.assert_allclose(values, [0.1, 0.2377, 1.0, 1.0], rtol=1e-5)
+    assert float(feedback.temperature(jnp.asarray(0), 0.1, 1.0, 0)) == 1.0  # no schedule
 
 
 def test_unknown_form():

@@ -86,6 +86,16 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
     assert runs.untimed(tmp_path / "run") == runs.untimed(workdir)
 
 
+def test_a_resumed_run_holds_no_initial_state_beside_the_one_it_reads(tmp_path, monkeypatch):
+    _run(tmp_path, stop_at=5)
+    config = autoencoder_config()
+    stage = stages.build(config)
+    initial = jax.tree.leaves(stage.networks["autoencoder"].params)
+    monkeypatch.setattr(stages.Stage, "start", lambda stage: pytest.fail("another state was made"))
+    assert int(loop.run(config, stage, tmp_path).step) == 6
+    assert initial and all(array.is_deleted() for array in initial)
+
+
 def test_finished_run_has_nothing_left_to_do(whole):
     workdir, state = whole
     before = (workdir / "metrics.jsonl").read_text()
@@ -117,6 +127,9 @@ def test_fields_that_do_not_change_the_result_may_differ(tmp_path):
 
 def test_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".config.json.tmp").write_text('{"sta')
+    assert workdirs.check(tmp_path / "killed", autoencoder_config()) == []
     with pytest.raises(workdirs.WorkdirError, match="holds no run"):
         workdirs.open_run(tmp_path, autoencoder_config())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -152,6 +152,7 @@ def test_good_gradients_pass_the_guard():
 def test_schedule_warms_up_peaks_and_ends():
     rate = optimizer.schedule(1.0, 0.1, 10, 110)
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(60), rate(110)], [0.0, 0.5, 1.0, 0.55, 0.1], atol=1e-6)
+    assert optimizer.schedule(0.0, 0.0, 0, 10)(5) == 0.0
 
 
 def test_average_forgets_the_start_quickly_and_then_decays_as_told():

@@ -1,12 +1,16 @@
 """What stages make of a config: schedules in steps, feeds, and fields that a function does not take."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from npedit_jax.training import datasets, optimizer, stages
+from npedit_jax.data import tokenize
+from npedit_jax.data.batches import arrays
+from npedit_jax.training import datasets, networks, optimizer, stages
 from npedit_jax.training.edit_losses import EditSettings
 from tests.training.tiny import autoencoder_config
+from tests.training.tiny_networks import easyvqa_config
 
 ADAM = dict(name="adam", b1=0.0, b2=0.9, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=2)
 
@@ -53,7 +57,40 @@ def test_field_that_nothing_takes_is_told(fields, told):
         stages.build(config)
 
 
+def test_questions_of_a_config_reach_the_batch():
+    config = easyvqa_config("npedit")
+    with config.unlocked():
+        text = "is there a {object} or another shape in the image?"
+        config.data.questions = dict(edit_recolor=dict(text=text, images=(1,), answer=False))
+        config.data.options.edit_weights = dict(recolor=1.0)
+        config.data.options.guidance = dict(recolor=2.0)
+    stages.check(config)
+    modules = {name: networks.module_of(config.networks[name]) for name in ("scorer",)}
+    batch = arrays(datasets.build(config, modules)[0])
+    tokenizer = tokenize.read_tokenizer(networks.resolve(config.data.scorer_tokenizer))
+    ids, answers = (np.concatenate(batch[name]) for name in ("packed_ids", "answer"))
+    for row, answer in zip(ids, answers, strict=True):
+        read = tokenizer.decode(row.tolist())
+        assert "or another shape in the image" in read and "was this done" not in read
+        assert answer[0] == 0.0
+
+
 @pytest.mark.parametrize("times", [(0.9, 0.5), (1.0, 0.5, 0.75), (1.0, 0.0), (1.0, 1.0, 0.5), ()])
 def test_times_must_fall_from_one(times):
     with pytest.raises(ValueError, match="step.times must fall from 1.0"):
         EditSettings(times=times)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"scorer_form": "mse"}, "step.scorer_form must be one of"),
+        ({"dmd_normalizer": "mean"}, "step.dmd_normalizer must be one of"),
+        ({"dmd_low": 0.9, "dmd_high": 0.1}, "step.dmd_low and dmd_high must rise"),
+        ({"guidance_high": 1.5}, "step.guidance_low and guidance_high must rise"),
+        ({"accumulate": 0}, "step.accumulate must be 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_before_anything_is_loaded(fields, told):
+    with pytest.raises(ValueError, match=told):
+        EditSettings(times=(1.0, 0.5), **fields)
