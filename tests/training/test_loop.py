@@ -87,7 +87,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
 
 
 def test_a_resumed_run_holds_no_initial_state_beside_the_one_it_reads(tmp_path, monkeypatch):
-    _run(tmp_path, stop_at=5)
+    _run(tmp_path, stop_at=3)
     config = autoencoder_config()
     stage = stages.build(config)
     initial = jax.tree.leaves(stage.networks["autoencoder"].params)
