@@ -19,6 +19,7 @@ FIGURES = {
     "base": "captions drawn with the right color, guidance 2, %",
     "warmup": "remove: done, %",
     "scorer": "vqa: right of",
+    "outlines": "new ",
 }
 OPTIONS = {"base": dict(steps=2), "scorer": dict(rounds=8)}
 
