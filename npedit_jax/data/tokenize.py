@@ -219,7 +219,10 @@ def answer_id(tokenizer: tokenizers.Tokenizer, answer: str) -> int:
     if len(ids) != 1:
         raise ValueError(f'expected "{answer}" to be one token; the tokenizer gives {len(ids)}: {ids}')
     if (read := tokenizer.decode(ids, skip_special_tokens=False).strip()) != answer:
-        raise ValueError(f'expected "{answer}" to be a token; the tokenizer does not know it and gives "{read}" (unknown words: {answer})')
+        raise ValueError(
+            f'expected "{answer}" to be a token; the tokenizer does not know it and gives "{read}" (unknown words: '
+            f"{answer})"
+        )
     return ids[0]
 
 

@@ -80,6 +80,7 @@ def test_folder_of_photographs(run, photographs, tmp_path, capsys):
     with pytest.raises(SystemExit, match="results of other settings: seed is 0 there"):
         _evaluate(run, tmp_path / "out", *words, "--name", "first", "--seed", 1)
     photographs.rename(tmp_path / "others")
+    photograph = (tmp_path / "others" / "astronaut.jpg").read_bytes()
     Image.fromarray(data.rocket()).save(tmp_path / "others" / "astronaut.jpg")
     with pytest.raises(SystemExit, match="other settings: data is '.*photographs' there"):
         _evaluate(run, tmp_path / "out", "--benchmark", "folder", "--data", tmp_path / "others", "--name", "first")
@@ -87,7 +88,8 @@ def test_folder_of_photographs(run, photographs, tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds an edit recolor/astronaut of another picture"):
         _evaluate(run, tmp_path / "out", *words, "--name", "first")
 
-    # Another editor, and both on one page.
+    # Another editor of the same photographs, and both on one page.
+    (photographs / "astronaut.jpg").write_bytes(photograph)
     _evaluate(run, tmp_path / "out", *words, "--name", "second, 50 % #2", "--raw")
     both = [str(tmp_path / "out" / name) for name in ("first", "second, 50 % #2")]
     for name in ("edits.jsonl", "answers.jsonl"):
@@ -97,10 +99,10 @@ def test_folder_of_photographs(run, photographs, tmp_path, capsys):
     assert all((folder / name).read_text().endswith("astro") for name in ("edits.jsonl", "answers.jsonl"))
     page = (tmp_path / "out" / "pages" / "both.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
-    assert len(links) == 6  # the astronaut is another picture now
+    assert len(links) == 9
     assert all((tmp_path / "out" / "pages" / urllib.parse.unquote(link)).is_file() for link in links)
     assert not any(sign in link for link in links for sign in "# ?")
-    assert "<td>second, 50 % #2</td>" in page and page.count("<figcaption>first") == 2
+    assert "<td>second, 50 % #2</td>" in page and page.count("<figcaption>first") == 3
     # Two of one name are told apart by where they are.
     (tmp_path / "moved").mkdir()
     folder.rename(tmp_path / "moved" / "second, 50 % #2")
