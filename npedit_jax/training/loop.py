@@ -51,19 +51,7 @@ def _run(
     guard, frozen = config.guard, stage.frozen()
     batches = Watched(iterate(stage.dataset, stage.reading), guard.data_seconds)
     checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    like = stage.shapes()
-
-    def restore(step: int) -> tuple[state.TrainState, dict[str, Any]]:
-        stage.drop_initial()
-        return checkpoints.restore(step, like)
-
-    start, found = 0, checkpoints.newest(restore)
-    if found:
-        start, (train_state, position) = found
-        batches.set_state(position)
-        logging.info("resumed from step %d", start)
-    else:
-        train_state = stage.start()
+    train_state, start = _begin(stage, checkpoints, batches)
     skipped = jax.device_get(train_state.skipped)
     limit = SkipLimit(guard.skipped_share, guard.window, stages.updates(config), start, skipped)
     meter = telemetry.Meter(workdir, start, work.of_step(config, stage))
@@ -115,6 +103,23 @@ def _run(
     if stopped and step < config.steps:
         raise stopping.Stopped(step, stop.signal)
     return train_state
+
+
+def _begin(stage: stages.Stage, checkpoints: Checkpoints, batches: Watched) -> tuple[state.TrainState, int]:
+    """The state to go on from, and its step: of the newest checkpoint, whose batches come next, or the initial one."""
+    like = stage.shapes()
+
+    def restore(step: int) -> tuple[state.TrainState, dict[str, Any]]:
+        stage.drop_initial()
+        return checkpoints.restore(step, like)
+
+    found = checkpoints.newest(restore)
+    if found is None:
+        return stage.start(), 0
+    step, (train_state, position) = found
+    batches.set_state(position)
+    logging.info("resumed from step %d", step)
+    return train_state, step
 
 
 class _StepKeys:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from diffusers import ZImageTransformer2DModel
 
 from npedit_jax import weights
 from npedit_jax.models import lora
 from npedit_jax.weights import adapters
+from tests.weights.test_weights import read_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "A" / "transformer"
 ALPHA = 6.0
@@ -40,11 +40,7 @@ def test_pairs_added_to_the_originals_modules_are_the_merged_weights(tmp_path):
         with torch.no_grad():
             linear.weight += ALPHA / down.shape[0] * up @ down  # what PEFT does
     weights.save("zimage", module, lora.merge(params, pairs, ALPHA), tmp_path / "merged")
-    ours = {
-        name: value
-        for file in (tmp_path / "merged").glob("*.safetensors")
-        for name, value in safetensors.numpy.load_file(file).items()
-    }
+    ours = read_tensors(tmp_path / "merged")
     assert ours.keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():
         np.testing.assert_allclose(ours[name], value.float().numpy(), atol=1e-5)
@@ -79,11 +75,7 @@ def test_adapters_that_peft_wrote_are_read(tmp_path):
     theirs.save_pretrained(tmp_path)
     found = adapters.load(tmp_path, "zimage", module, like=jax.tree.map(jnp.zeros_like, pairs), alpha=ALPHA)
     weights.save("zimage", module, lora.merge(params, found, ALPHA), tmp_path / "merged")
-    ours = {
-        name: value
-        for file in (tmp_path / "merged").glob("*.safetensors")
-        for name, value in safetensors.numpy.load_file(file).items()
-    }
+    ours = read_tensors(tmp_path / "merged")
     for name, value in theirs.merge_and_unload().state_dict().items():
         np.testing.assert_allclose(ours[name], value.float().numpy(), atol=1e-5, err_msg=name)
 
