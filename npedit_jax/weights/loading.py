@@ -40,7 +40,8 @@ def load(
       kind: a key of `KINDS`.
       directory: holds config.json and *.safetensors, one file or shards, or is a converted one; any path `etils.epath`
         knows.
-      dtype: of the parameters ("float32", "bfloat16", ...); None keeps each as it is stored.
+      dtype: of the parameters ("float32", "bfloat16", ...); None keeps each as it is stored, a stack of layers
+        stored in several types in the smallest that holds them all.
       shardings: where parameters go: a tree like the parameters', a function of the "/"-joined path, one sharding for
         all, or None for the default device.
       keep_unused: keep the tensors that our use leaves out, as stored in NumPy arrays on the host under

@@ -69,21 +69,32 @@ def _qwen2(vocabulary: int, width: int, layers: int, heads: int, kv_heads: int, 
     }
 
 
-def _internvl3(*language: int) -> dict[str, Any]:
-    """InternVL3 up to 14B: InternViT-300M and a Qwen2.5 of (width, layers, heads, kv_heads, mlp_width)."""
-    vision = {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "patch_size": 14,
-        "image_size": 448,
-        "layer_norm_eps": 1e-6,
-        "norm_type": "layer_norm",
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "qk_normalization": False,
-    }
+INTERNVIT_300M = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+    "image_size": 448,
+    "layer_norm_eps": 1e-6,
+    "norm_type": "layer_norm",
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "qk_normalization": False,
+}
+INTERNVIT_6B = INTERNVIT_300M | {
+    "hidden_size": 3200,
+    "num_hidden_layers": 45,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "norm_type": "rms_norm",
+    "qkv_bias": False,
+    "qk_normalization": True,
+}
+
+
+def _internvl3(vision: dict[str, Any], *language: int) -> dict[str, Any]:
+    """InternVL3: a vision tower and a Qwen2.5 of (width, layers, heads, kv_heads, mlp_width)."""
     return {
         "model_type": "internvl_chat",
         "downsample_ratio": 0.5,
@@ -114,10 +125,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Z-Image/transformer": ZIMAGE,
     "Z-Image/vae": AUTOENCODER,
     "Z-Image/text_encoder": QWEN3_4B,
-    "InternVL3-1B": _internvl3(896, 24, 14, 2, 4864),
-    "InternVL3-2B": _internvl3(1536, 28, 12, 2, 8960),
-    "InternVL3-8B": _internvl3(3584, 28, 28, 4, 18944),
-    "InternVL3-14B": _internvl3(5120, 48, 40, 8, 13824),
+    "InternVL3-1B": _internvl3(INTERNVIT_300M, 896, 24, 14, 2, 4864),
+    "InternVL3-2B": _internvl3(INTERNVIT_300M, 1536, 28, 12, 2, 8960),
+    "InternVL3-8B": _internvl3(INTERNVIT_300M, 3584, 28, 28, 4, 18944),
+    "InternVL3-14B": _internvl3(INTERNVIT_300M, 5120, 48, 40, 8, 13824),
+    "InternVL3-38B": _internvl3(INTERNVIT_6B, 5120, 64, 40, 8, 27648),
+    "InternVL3-78B": _internvl3(INTERNVIT_6B, 8192, 80, 64, 8, 29568),
     "llava-onevision-qwen2-7b-ov-hf": LLAVA_ONEVISION_7B,
 }
 

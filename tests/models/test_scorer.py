@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from npedit_jax import weights
 from npedit_jax.models import any_resolution, image_preparation
 from npedit_jax.models.language import causal_mask, token_positions
 from npedit_jax.models.scorer import NewlineProjector, Scorer, ShuffleProjector
-from npedit_jax.weights import internvl, llava_onevision
+from npedit_jax.weights import internvl, kinds, llava_onevision, published
 from tests.models.torch_parity import FORWARD, GRADIENT, assert_gradients, count, fill, randomise, relative, to_flax
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -501,8 +502,15 @@ QWEN2_5 = {  # width, layers, heads, kv_heads, mlp_width
     "32B": (5120, 64, 40, 8, 27648),
     "72B": (8192, 80, 64, 8, 29568),
 }
-# InternVL3 1B, 2B, 8B, 14B, 38B, 78B; of InternVL2.5, 1B, 4B, 38B and 78B are built on Qwen2.5.
-INTERNVL = [("300M", size) for size in ("0.5B", "1.5B", "3B", "7B", "14B")] + [("6B", "32B"), ("6B", "72B")]
+INTERNVL = {  # of InternVL2.5, 1B, 4B, 38B and 78B are built on Qwen2.5
+    "InternVL3-1B": ("300M", "0.5B"),
+    "InternVL3-2B": ("300M", "1.5B"),
+    "InternVL2_5-4B": ("300M", "3B"),
+    "InternVL3-8B": ("300M", "7B"),
+    "InternVL3-14B": ("300M", "14B"),
+    "InternVL3-38B": ("6B", "32B"),
+    "InternVL3-78B": ("6B", "72B"),
+}
 
 
 def qwen2_5(size: str, vocabulary: int) -> dict:
@@ -520,8 +528,9 @@ def qwen2_5(size: str, vocabulary: int) -> dict:
     }
 
 
-@pytest.mark.parametrize(("vision", "language"), INTERNVL)
-def test_internvl_of_every_size_is_as_large_as_that_of_transformers(vision, language):
+@pytest.mark.parametrize("name", INTERNVL)
+def test_internvl_of_every_size_is_as_large_as_that_of_transformers(name):
+    vision, language = INTERNVL[name]
     config = {
         "model_type": "internvl",
         "tie_word_embeddings": False,
@@ -539,6 +548,9 @@ def test_internvl_of_every_size_is_as_large_as_that_of_transformers(vision, lang
     with torch.device("meta"):
         theirs = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**config))
     assert count(shapes) == sum(x.numel() for x in theirs.parameters())
+    if known := published.architecture(f"anywhere/{name}"):
+        row = kinds.parameter_shapes("internvl", kinds.build("internvl", known))
+        assert sorted(row.values()) == sorted(leaf.shape for leaf in jax.tree.leaves(nn.unbox(shapes)))
 
 
 @pytest.mark.parametrize(("size", "tied"), [("0.5B", True), ("7B", False)])
