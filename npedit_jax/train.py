@@ -1,7 +1,8 @@
 """Trains one stage: `python -m npedit_jax.train --config configs/X.py --workdir DIR [--config.a.b=v]`.
 
-Started again with the same workdir it resumes. SIGTERM and Ctrl-C make it save and end. A config is a Python file and
-is executed: run only configs you trust.
+Started again with the same workdir it resumes. SIGTERM, a hangup and Ctrl-C make it save and end. A config is a Python
+file and is executed: run only configs you trust. Exits with 2 on what a second start would find as well (arguments, the
+config, weights that are not there), with 1 on a fault of the run, with 128 + the signal that asked for its end.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from npedit_jax import commands
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file under configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go; resumed when not empty.")
 
@@ -27,14 +30,14 @@ def main(argv: list[str]) -> int:
         return 0
     path = _argument(argv, "--config")
     if path and not epath.Path(path).exists():  # asked first: the library's own error is a page long
-        return _fail(FileNotFoundError(f"no config file at {path}; give the path of a file under configs/"))
+        return _refuse(FileNotFoundError(f"no config file at {path}; give the path of a file under configs/"))
     try:
         flags.mark_flags_as_required(["config", "workdir"])
         rest = flags.FLAGS(argv)[1:]
     except Exception as error:  # whatever a config file raises: it is the user's own Python
-        return _fail(error)
+        return _refuse(error)
     if rest:
-        return _fail(ValueError(f"unexpected arguments {rest}; every option starts with --"))
+        return _refuse(ValueError(f"unexpected arguments {rest}; every option starts with --"))
     config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
@@ -52,8 +55,14 @@ def main(argv: list[str]) -> int:
             if jax.process_index() == 0:
                 workdirs.open_run(workdir, config)
             hosts.together("the working directory is opened")
-        except (workdirs.WorkdirError, FileNotFoundError, ValueError) as error:
+        except workdirs.WorkdirUnavailable as error:
             return _fail(error)
+        except (workdirs.WorkdirError, FileNotFoundError, ImportError, ValueError) as error:
+            if (advice := commands.advice(error)) is None:
+                raise
+            return _refuse(ValueError(advice))
+        except jax.errors.JaxRuntimeError as error:
+            return _fail(_device_fault(error))
         # A restart finds its programs compiled.
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         try:
@@ -67,15 +76,28 @@ def main(argv: list[str]) -> int:
                 _end_without_waiting(status)
             return status
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            return _fail(RuntimeError(f"process {jax.process_index()} lost another process of the run: {error}"))
+            return _fail(_device_fault(error))
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    _fail(error)
+    return 2
+
+
+def _device_fault(error: jax.errors.JaxRuntimeError) -> Exception:
+    """What is behind an error of the devices; raises it where it is neither their memory nor another process."""
+    if advice := commands.advice(error):
+        return RuntimeError(advice)
+    if jax.process_count() == 1:
+        raise error
+    return RuntimeError(f"process {jax.process_index()} lost another process of the run: {error}")
 
 
 def _fail(error: Exception) -> int:
     message = error.args[0] if isinstance(error, KeyError) else str(error)
-    print(f"train: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"train: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -1,4 +1,4 @@
-"""The command line of training: bad input gets one line and exit status 1, and leaves nothing behind."""
+"""The command line of training: bad input gets one line and exit status 2, and leaves nothing behind."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ CONFIG = "configs/easyvqa/autoencoder.py"
 )
 def test_bad_input_is_told_in_one_line(arguments, told, tmp_path):
     run = Training(tmp_path / "run", *arguments)
-    assert run.wait() == 1
+    assert run.wait() == 2
     (line,) = run.output().splitlines()
     assert line.startswith("train: ") and any(part in line for part in told.split("|"))
     assert not (tmp_path / "run").exists()
@@ -35,7 +35,7 @@ def test_bad_input_is_told_in_one_line(arguments, told, tmp_path):
     ("argument", "status", "told"),
     [
         ("--help", 0, "--config configs/X.py --workdir DIR"),
-        ("--config=configs/nope.py", 1, "train: no config file at configs/nope.py"),
+        ("--config=configs/nope.py", 2, "train: no config file at configs/nope.py"),
     ],
 )
 def test_module_is_a_command(argument, status, told):
@@ -47,5 +47,5 @@ def test_module_is_a_command(argument, status, told):
 def test_directory_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     run = Training(tmp_path, "--config", CONFIG)
-    assert run.wait() == 1 and "holds no run" in run.output()
+    assert run.wait() == 2 and "holds no run" in run.output()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -17,13 +17,19 @@ fi
 run gcloud compute tpus queued-resources create "${request[@]}"
 if "$dry_run"; then exit 0; fi
 
+lost=0
 while true; do
-  found="$(state)"
+  if found="$(state)" && [[ "$found" != "NONE" ]]; then
+    lost=0
+  else
+    lost=$((lost + 1))
+    ((lost < 10)) || fail "$NAME was asked for, and cannot be seen: look with gcloud compute tpus queued-resources list"
+  fi
   case "$found" in
     ACTIVE) break ;;
     FAILED | SUSPENDED | SUSPENDING) fail "the request came to state $found; launch/pod/delete.sh, then create again" ;;
   esac
-  printf '%s: %s\n' "$script" "${found:-no state yet}"
+  printf '%s: %s\n' "$script" "${found:-no answer}"
   sleep "${POLL_SECONDS:-30}"
 done
 printf '%s: %s is active\n' "$script" "$NAME"

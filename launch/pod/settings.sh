@@ -10,6 +10,10 @@
 #   SPOT      true: cheaper, may be taken away at any time (default); false: on demand
 #   PYTHON    for setup.sh: Python 3.11 or newer on the hosts (default python3)
 #   SLICES    slices of a multi-slice job (default 1)
+#   EXTRAS    for setup.sh: of the package, to install beside it (default tpu; tpu,wandb with Weights & Biases)
+#   MOUNT     a bucket, without gs://, that the hosts are to have under /mnt (Cloud Storage FUSE)
+#   PASS      for train.sh: names of variables, set here, that the hosts' training is to have too, such as
+#             "JAX_DEFAULT_MATMUL_PRECISION WANDB_API_KEY"
 set -euo pipefail
 
 script="$(basename "$0")"
@@ -45,6 +49,7 @@ SPOT="${SPOT:-true}"
 SLICES="${SLICES:-1}"
 [[ "$SPOT" == "true" || "$SPOT" == "false" ]] || fail "SPOT must be true or false, found '$SPOT'"
 [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "SLICES must be a whole number above 0, found '$SLICES'"
+[[ "${MOUNT:-}" =~ ^[a-z0-9._-]*$ ]] || fail "MOUNT must be the name of a bucket, without gs://, found '$MOUNT'"
 place=("--zone=$ZONE")
 [[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
 
@@ -72,7 +77,17 @@ on_all_hosts() {
   return "$status"
 }
 
-# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away), FAILED, ...; empty where there is none.
+# Prints ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away), FAILED, ...; NONE where there is no such request.
+# Fails, and prints what gcloud says, where that cannot be told.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" "--format=value(state.state)" 2>/dev/null || true
+  local told status=0
+  told="$(mktemp)"
+  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" "--format=value(state.state)" 2>"$told" || status="$?"
+  if ((status != 0)) && grep -q NOT_FOUND "$told"; then
+    printf 'NONE\n'
+    status=0
+  fi
+  ((status == 0)) || cat "$told" >&2
+  rm -f "$told"
+  return "$status"
 }

@@ -1,6 +1,7 @@
 """The loop that every stage runs in: feed, step, log, save."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +15,12 @@ from npedit_jax import parallel
 from npedit_jax.data.batches import iterate
 from npedit_jax.training import stages, state, stopping, telemetry, work
 from npedit_jax.training.checkpoint import Checkpoints
-from npedit_jax.training.faults import RunFault, TooManySkipped
+from npedit_jax.training.faults import DataStall, RunFault, TooManySkipped
 from npedit_jax.training.skip_limit import SkipLimit
 from npedit_jax.training.watched import Watched
 
 Pending = tuple[int, dict[str, jax.Array], dict[str, float]] | None
+CLOSING_SECONDS = 60.0  # for a checkpoint under way, where no batch came either
 Preview = Callable[[stages.Stage, state.TrainState, dict[str, Any], int], None]
 
 
@@ -146,13 +148,28 @@ def _closing(
         # A checkpoint is finished by all hosts together: one that ends alone would wait for the others without an end.
         together = jax.process_count() == 1 or isinstance(error, TooManySkipped)
         for each in (log, checkpoints) if together else (log,):
-            with contextlib.suppress(RunFault, OSError):
-                each.close()
+            # Where batches hang, so may what is being written: the storage is the same.
+            _try(each.close, seconds=CLOSING_SECONDS if isinstance(error, DataStall) else None)
         raise
     finally:
         batches.close()
         profiler.close()
     log.close()
+
+
+def _try(close: Callable[[], None], seconds: float | None) -> None:
+    """Closes what can be closed in that time, after another fault, which is the one to tell."""
+
+    def attempt() -> None:
+        with contextlib.suppress(RunFault, OSError):
+            close()
+
+    if seconds is None:
+        attempt()
+        return
+    thread = threading.Thread(target=attempt, name="closing", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _log(log: telemetry.MetricsLog, bar: Any, limit: SkipLimit, pending: Pending) -> None:

@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM, Ctrl-C): the run finishes its step, saves, and ends."""
+"""A request to stop (SIGTERM, a hangup, Ctrl-C): the run finishes its step, saves, and ends."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ import jax
 
 from npedit_jax.training import hosts
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -25,7 +25,7 @@ class StopRequest:
 
     Before `listen` the signals do what they do everywhere, end the process at once: right for a run that has not made a
     step yet and has nothing to save, since a handler waits for the end of a compilation. SIGTERM may come again and
-    changes nothing; a second Ctrl-C interrupts at once.
+    changes nothing; a second Ctrl-C interrupts at once. A hangup that is ignored (nohup) stays so.
     """
 
     def __init__(self):
@@ -56,6 +56,8 @@ class StopRequest:
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._notice)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:

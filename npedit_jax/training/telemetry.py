@@ -112,11 +112,10 @@ class Meter:
 
     def __init__(self, workdir: epath.PathLike, restored_step: int, work: Work, clock: Callable[[], float] = time.time):
         self._work, self._clock = work, clock
-        rows = []
-        if restored_step and (epath.Path(workdir) / "metrics.jsonl").exists():
-            rows = read_metrics(workdir, up_to=restored_step)
-        self._began = rows[0].get("time/began", clock()) if rows else clock()
-        self._productive = rows[-1].get("time/productive", 0.0) if rows else 0.0
+        rows = read_metrics(workdir) if (epath.Path(workdir) / "metrics.jsonl").exists() else []
+        self._began = rows[0].get("time/began", clock()) if rows else clock()  # also where no checkpoint came of it
+        counted = [row for row in rows if row["step"] <= restored_step]
+        self._productive = counted[-1].get("time/productive", 0.0) if counted else 0.0
         self._compiling = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         self._restart()
@@ -222,6 +221,21 @@ def read_metrics(workdir: epath.PathLike, *, up_to: float = math.inf) -> list[di
     return rows
 
 
+class _Terminal:
+    """Standard error, or what is left of it: a run goes on where nobody reads its progress any longer."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+
 def progress(total: int, start: int, label: str) -> tqdm.tqdm:
     """A progress bar with the time left; silent on all processes but the first, sparse when not on a terminal."""
     return tqdm.tqdm(
@@ -229,6 +243,7 @@ def progress(total: int, start: int, label: str) -> tqdm.tqdm:
         initial=start,
         desc=label,
         unit="step",
+        file=_Terminal(),
         disable=jax.process_index() != 0,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,

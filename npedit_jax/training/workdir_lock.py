@@ -18,7 +18,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from npedit_jax.training.workdirs import LEASE, LOCK, WorkdirError
+from npedit_jax.training.workdirs import LEASE, LOCK, WorkdirUnavailable
 
 LEASE_SECONDS = 60.0
 
@@ -31,7 +31,7 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     that is not renewed runs out after LEASE_SECONDS, which the next run waits for.
 
     Raises:
-      WorkdirError: another run holds the directory, or nothing can be written there.
+      WorkdirUnavailable: another run holds the directory, or nothing can be written there.
     """
     if jax.process_index() != 0:
         yield
@@ -44,10 +44,10 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
             if created:
                 stack.callback(_remove_if_empty, workdir)
             stack.enter_context(_lock(workdir))
-        except WorkdirError:
+        except WorkdirUnavailable:
             raise
         except OSError as error:
-            raise WorkdirError(
+            raise WorkdirUnavailable(
                 f"nothing can be written in {workdir}: {error.strerror or error}; take another --workdir, or mend it"
             ) from error
         yield
@@ -82,7 +82,7 @@ def _flock(path: pathlib.Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise WorkdirError(
+            raise WorkdirUnavailable(
                 f"{path.parent} is in use by {holder}; stop that run first, or take another --workdir"
             ) from None
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
@@ -123,7 +123,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        """Takes the lease, waiting for one to run out; raises WorkdirError where its holder is seen to be alive."""
+        """Takes the lease, waiting for one to run out; raises WorkdirUnavailable where its holder is seen alive."""
         self._await_end()
         self._write(0)
         time.sleep(self._settle)
@@ -180,8 +180,8 @@ class Lease:
     def _is_mine(self) -> bool:
         return self._name in self._read()
 
-    def _in_use(self) -> WorkdirError:
-        return WorkdirError(
+    def _in_use(self) -> WorkdirUnavailable:
+        return WorkdirUnavailable(
             f"{self._path.parent} is in use by {_holder(self._read())}; stop that run first, or take another --workdir"
         )
 

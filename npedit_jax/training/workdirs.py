@@ -1,7 +1,9 @@
 """A run's working directory: its resolved config, and the refusal to mix two runs."""
 
+import contextlib
 import fnmatch
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,6 +30,10 @@ LOCK, LEASE = ".lock", ".lease"  # what holds the directory for one run, see `wo
 
 class WorkdirError(ValueError):
     """The working directory holds another run."""
+
+
+class WorkdirUnavailable(WorkdirError):
+    """The working directory is another run's for now, or out of reach: to be tried again."""
 
 
 def open_run(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
@@ -87,6 +93,23 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
         return ml_collections.ConfigDict(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WorkdirError(f"{workdir} is no run: its config.json is damaged ({error})") from error
+
+
+@contextlib.contextmanager
+def reading(workdir: epath.PathLike) -> Iterator[ml_collections.ConfigDict]:
+    """The resolved config of a run, to use inside: what it lacks there, or has of another type, is told as its damage.
+
+    Raises:
+      WorkdirError: as `read_config`, or that.
+    """
+    config = read_config(workdir)
+    try:
+        yield config
+    except (AttributeError, KeyError, TypeError) as error:
+        raise WorkdirError(
+            f"{workdir} cannot be used: its config.json is damaged, or of another version ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        ) from error
 
 
 def plain(config: Any) -> Any:

@@ -1,6 +1,7 @@
 """A run that is killed, asked to stop, or loses checkpoints, and is started again, ends like one that never was."""
 
 import contextlib
+import functools
 import random
 import shutil
 import signal
@@ -116,6 +117,21 @@ def test_sigterm_saves_and_others_do_no_harm(whole, tmp_path):
     assert newest >= 6 and newest == reached(workdir) and not _writing(workdir)
     assert Training(workdir).wait() == 0
     _check_equal(workdir, whole)
+
+
+def test_a_hangup_saves_unless_it_is_ignored(tmp_path):
+    steps = "--config.steps=1000000"
+    run = Training(tmp_path / "run", steps)
+    run.wait_for(lambda: reached(tmp_path / "run") >= 2)
+    run.signal(signal.SIGHUP)
+    assert run.wait() == 128 + signal.SIGHUP and saved(tmp_path / "run")[-1] == reached(tmp_path / "run")
+    ignores = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    run = Training(tmp_path / "again", steps, before=ignores)
+    run.wait_for(lambda: reached(tmp_path / "again") >= 2)
+    run.signal(signal.SIGHUP)
+    time.sleep(0.5)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM
 
 
 def test_sigterm_before_the_first_step_ends_at_once(tmp_path):

@@ -11,9 +11,12 @@ import sys
 
 import pytest
 
+from benchmarks import tpu_compile
+
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 POD = LAUNCH / "pod"
 SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
+COMMANDS = {path.name for path in POD.glob("*.sh")} - {"host.sh", "settings.sh", "xla_flags.sh"}
 BASE = dict(
     NAME="job", ZONE="us-east5-a", TYPE="v5p-128", VERSION="v2-alpha-tpuv5", POLL_SECONDS="0", RESTART_SECONDS="0"
 )
@@ -28,7 +31,7 @@ lines = answers.read_text().splitlines() if answers.exists() else []
 if lines:
     answers.write_text("\\n".join(lines[1:]))
     status, _, text = lines[0].partition(" ")
-    print(text)
+    print(text, file=sys.stderr if int(status) else sys.stdout)
     sys.exit(int(status))
 """
 
@@ -93,6 +96,14 @@ def test_create_that_fails_says_so(gcloud):
     assert done.returncode == 3 and len(calls) == 1  # it does not wait for what was refused
 
 
+@pytest.mark.parametrize("answer", ["1 UNAVAILABLE: try again", "1 NOT_FOUND: no such resource"])
+def test_create_does_not_wait_for_ever_for_what_cannot_be_seen(gcloud, answer):
+    done, calls = gcloud("create.sh", answers={"describe": [answer] * 50})
+    assert done.returncode == 2 and "cannot be seen" in done.stderr and len(calls) == 11
+    done, _ = gcloud("create.sh", answers={"describe": [answer] * 9 + ["0 WAITING"] + [answer] * 9 + ["0 ACTIVE"]})
+    assert done.returncode == 0
+
+
 def test_setup_copies_and_installs_on_all_hosts_of_all_slices(gcloud):
     done, calls = gcloud("setup.sh", SLICES="2")
     assert done.returncode == 0, done.stderr
@@ -104,6 +115,22 @@ def test_setup_copies_and_installs_on_all_hosts_of_all_slices(gcloud):
     assert sorted(call[4] for call in calls[4:]) == ["job-0", "job-1"]
     assert all("--worker=all" in call for call in calls)
     assert ".[tpu]" in remote(calls[4])
+
+
+def test_setup_installs_extras_and_readies_the_mount(gcloud, tmp_path):
+    done, calls = gcloud("setup.sh", EXTRAS="tpu,wandb", MOUNT="my-bucket")
+    assert done.returncode == 0, done.stderr
+    assert [call[3] for call in calls] == ["ssh", "ssh", "scp", "ssh"] and ".[tpu,wandb]" in remote(calls[3])
+    made = tmp_path / "host"
+    made.mkdir()
+    for name, content in {"sudo": f'echo "$@" >> {made}/done', "gcsfuse": "true"}.items():
+        (made / name).write_text(f"#!/bin/bash\n{content}\n")
+        (made / name).chmod(0o755)
+    with_it = os.environ | {"PATH": f"{made}:{os.environ['PATH']}"}
+    assert subprocess.run(["sh", "-c", remote(calls[1])], env=with_it).returncode == 0
+    assert (made / "done").read_text() == f"mkdir -p /mnt/my-bucket\nchown {os.getuid()} /mnt/my-bucket\n"
+    without = subprocess.run(["sh", "-c", remote(calls[1])], capture_output=True, text=True)
+    assert without.returncode == 1 and "no gcsfuse" in without.stderr
 
 
 def remote(call: list[str]) -> str:
@@ -125,40 +152,26 @@ def test_setup_tells_what_to_do_about_an_old_python(gcloud, tmp_path):
     assert done.returncode == 1 and len(calls) == 1
 
 
-def command_of(call: list[str]) -> str:
-    """What runs on a host: `bash -c` of it."""
+def command_of(call: list[str]) -> list[str]:
+    """The words of what runs on a host that has the checkout: environment and command."""
     shell, flag, command = shlex.split(remote(call))
     assert (shell, flag) == ("bash", "-c")
-    return command
+    assert subprocess.run(["bash", "-c", command], cwd="/").returncode == 3  # no checkout there
+    return shlex.split(command.partition("; exec ")[2])
 
 
 def test_train_quotes_every_argument(gcloud):
     odd = "--config.data.options.negative_prompt=low quality; rm -rf $HOME 'x' \"y\""
     arguments = ["--config", "configs/zimage/npedit.py", "--workdir", "gs://bucket/a run", odd]
-    done, calls = gcloud("train.sh", *arguments)
+    done, calls = gcloud("train.sh", *arguments, PASS="KEY PRECISION", KEY="a b'c", PRECISION="high", MOUNT="bucket")
     assert done.returncode == 0, done.stderr
     (call,) = calls
-    command = command_of(call)
-    words = shlex.split(command.partition("2>&1")[0])
-    assert words[words.index("npedit_jax.train") + 1 :] == arguments
-    assert "NPEDIT_HOSTS=auto" in words
-    (flags,) = (word for word in words if word.startswith("LIBTPU_INIT_ARGS="))
-    assert all(flag.startswith("--xla_") for flag in flags.removeprefix("LIBTPU_INIT_ARGS=").split())
-
-
-def test_train_command_passes_its_failure_on(gcloud, tmp_path):
-    """The command that a host gets, run here with a stand-in for Python: its status is that of the training."""
-    _, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r")
-    python = tmp_path / "npedit_jax" / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\necho "$@"\nexit 7\n')
-    python.chmod(0o755)
-    (word,) = (word for word in calls[0] if word.startswith("--command="))
-    done = subprocess.run(
-        ["bash", "-c", word.removeprefix("--command=")], cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)}
-    )
-    assert done.returncode == 7
-    assert (tmp_path / "train.log").read_text() == "-m npedit_jax.train --config c.py --workdir gs://b/r\n"
+    words = command_of(call)
+    start = words.index("npedit_jax/launch/pod/host.sh")
+    assert words[start + 1 :] == ["train", *arguments]
+    given = dict(word.split("=", 1) for word in words[1:start])
+    assert all(flag.startswith("--xla_") for flag in given.pop("LIBTPU_INIT_ARGS").split())
+    assert given == {"NPEDIT_HOSTS": "auto", "KEY": "a b'c", "PRECISION": "high", "MOUNT": "bucket"}
 
 
 def test_train_goes_on_after_a_preemption(gcloud):
@@ -174,7 +187,51 @@ def test_train_restarts_on_an_active_slice_and_gives_up(gcloud):
     answers = {"ssh": ["1 x"] * 9, "describe": ["0 ACTIVE"] * 9}
     done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers, RETRIES="2")
     assert done.returncode == 2 and "gave up after 3 attempts" in done.stderr
-    assert [call[3] for call in calls] == ["ssh", "describe"] * 3
+    assert [call[3] for call in calls] == ["ssh", "describe", "ssh", "describe", "ssh"]
+
+
+def test_train_does_not_repeat_what_is_refused(gcloud):
+    """Status 2, of any slice: the arguments, which the next start would have too."""
+    answers = {"ssh": ["2 train: no config file", "0 "]}
+    done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers, SLICES="2")
+    assert done.returncode == 2 and "refused its arguments" in done.stderr and len(calls) == 2
+
+
+def test_train_sets_up_hosts_that_have_no_checkout(gcloud):
+    answers = {"ssh": ["3 ", "0 ", "0 ", "0 "], "describe": ["0 ACTIVE"]}
+    done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert [call[3] for call in calls] == ["ssh", "describe", "ssh", "scp", "ssh", "ssh"]
+
+
+def test_train_deletes_nothing_because_gcloud_cannot_tell(gcloud):
+    answers = {"ssh": ["1 lost", "0 "], "describe": ["1 UNAVAILABLE", "0 ACTIVE"]}
+    done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers)
+    assert done.returncode == 0 and "UNAVAILABLE" in done.stderr
+    assert [call[3] for call in calls] == ["ssh", "describe", "describe", "ssh"]
+
+
+@pytest.mark.parametrize("part", ["delete", "create", "scp", "ssh"])
+def test_train_asks_again_where_a_part_of_the_way_back_fails(gcloud, part):
+    """The slice is taken away, and the first try to have one again fails somewhere."""
+    answers = {"ssh": ["1 lost"], "describe": ["0 SUSPENDED"] + ["0 ACTIVE"] * 9, part: ["1 UNAVAILABLE"]}
+    if part == "ssh":
+        answers[part] = ["1 lost", "0 ", "1 UNAVAILABLE"]  # the installation
+    done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert "ssh" in calls[-1] and "host.sh" in remote(calls[-1])
+    if part in ("scp", "ssh"):  # there is a slice: only its setup is tried again
+        assert [call[3] for call in calls].count("create") == 1
+        assert [call[3] for call in calls][-3:] == ["scp", "ssh", "ssh"]
+
+
+def test_train_asks_for_a_slice_that_is_gone(gcloud):
+    answers = {"ssh": ["1 lost"], "describe": ["1 NOT_FOUND", "0 ACTIVE"]}
+    done, calls = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert [call[3] for call in calls][:4] == ["ssh", "describe", "create", "describe"]
+    done, _ = gcloud("train.sh", "--config", "c.py", "--workdir", "gs://b/r", answers=answers, TYPE="")
+    assert done.returncode == 2 and "set TYPE and VERSION" in done.stderr
 
 
 def test_logs_and_delete(gcloud, tmp_path):
@@ -183,11 +240,13 @@ def test_logs_and_delete(gcloud, tmp_path):
     assert [call[4:6] for call in calls] == [
         ["job:train.log", str(tmp_path / "my logs" / f"job-{host}.log")] for host in range(2)
     ]
+    done, ((*_, command),) = gcloud("stop.sh")
+    assert done.returncode == 0 and command == "--command=npedit_jax/launch/pod/host.sh stop"
     done, calls = gcloud("delete.sh")
     assert done.returncode == 0 and {"delete", "job", "--force", "--quiet"} <= set(calls[0])
 
 
-@pytest.mark.parametrize("script", ["create.sh", "setup.sh", "train.sh", "logs.sh", "delete.sh", "multislice.sh"])
+@pytest.mark.parametrize("script", sorted(COMMANDS))
 def test_dry_run_prints_and_calls_nothing(gcloud, script):
     rest = {"train.sh": ["--config", "c.py", "--workdir", "gs://b/r"], "logs.sh": ["logs"]}.get(script, [])
     done, calls = gcloud(script, "--dry-run", *rest, BUCKET="gs://b", RECORDS="/mnt/b/r")
@@ -196,12 +255,14 @@ def test_dry_run_prints_and_calls_nothing(gcloud, script):
 
 
 def test_two_slices_train_on_records_that_are_read_by_path(gcloud):
-    done, _ = gcloud("multislice.sh", "--dry-run", BUCKET="gs://b", RECORDS="/mnt/b/my records/edits/NAME/1.0.0")
-    trained = [command_of(shlex.split(line)) for line in done.stdout.splitlines() if "npedit_jax.train" in line]
+    """With the settings that the benchmark compiles two slices with."""
+    (compiled,) = (case for case in tpu_compile.CASES if getattr(case, "slices", 1) == 2)
+    done, _ = gcloud("multislice.sh", "--dry-run", BUCKET="gs://b", RECORDS="my records/edits/NAME/1.0.0")
+    trained = [command_of(shlex.split(line)) for line in done.stdout.splitlines() if "host.sh" in line]
     assert len(trained) == 2
-    for command in trained:
-        words = shlex.split(command.partition("2>&1")[0])
-        assert "--config.data.records=/mnt/b/my records/edits/NAME/1.0.0" in words and "gs://b/npedit" in words
+    for words in trained:
+        assert "--config.data.records=my records/edits/NAME/1.0.0" in words and "gs://b/npedit" in words
+        assert "MOUNT=b" in words and set(compiled.settings()) <= set(words)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +275,12 @@ def test_two_slices_train_on_records_that_are_read_by_path(gcloud):
         ("delete.sh", [], {"SLICES": "0"}, "SLICES must be"),
         ("train.sh", [], {}, "give the arguments"),
         ("train.sh", ["--config", "c.py", "--workdir", "/tmp/run"], {}, "must be on a bucket"),
+        ("train.sh", ["--config", "c.py", "--workdir=gs://b/r"], {"PASS": "KEY"}, "PASS names KEY"),
+        ("setup.sh", [], {"EXTRAS": "tpu; rm"}, "EXTRAS must be"),
+        ("setup.sh", [], {"MOUNT": "gs://b"}, "MOUNT must be"),
         ("logs.sh", [], {}, "give the directory"),
         ("multislice.sh", [], {"BUCKET": "gs://b"}, "set RECORDS"),
+        ("multislice.sh", [], {"BUCKET": "b", "RECORDS": "r"}, "set BUCKET=gs://NAME, found 'b'"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_called(gcloud, script, arguments, settings, told):
@@ -236,7 +301,7 @@ def test_commands_of_the_page_run_as_they_stand(gcloud):
     text = (LAUNCH.parent / "docs" / "pods.md").read_text().replace("\\\n", " ")
     settings = dict(word.split("=") for word in re.search(r"^    export (.*)", text, re.MULTILINE)[1].split())
     lines = re.findall(r"^    ((?:[A-Z]+=\S+ )*)launch/pod/(\S+)([^#\n]*)", text, re.MULTILINE)
-    assert {name for _, name, _ in lines} == {path.name for path in POD.glob("*.sh")} - {"settings.sh", "xla_flags.sh"}
+    assert {name for _, name, _ in lines} == COMMANDS
     for own, name, rest in lines:
         own = dict(word.split("=") for word in own.split())
         done, calls = gcloud(name, *shlex.split(rest), answers={"describe": ["0 ACTIVE"]}, **settings | own)

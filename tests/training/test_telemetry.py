@@ -60,6 +60,17 @@ def test_goodput_goes_on_over_a_restart(tmp_path):
     assert again.read()["time/goodput"] == pytest.approx(6.0 / 108.0)
 
 
+def test_what_was_lost_before_the_first_checkpoint_counts(tmp_path):
+    clock = Clock()
+    log, made = telemetry.MetricsLog(tmp_path, restored_step=0), meter(tmp_path, clock)
+    steps(made, clock, 3)
+    log.write(3, {"loss": 1.0} | made.read())
+    log.close()
+    again = meter(tmp_path, clock)
+    steps(again, clock, 1)
+    assert again.read()["time/goodput"] == pytest.approx(2.0 / 8.0)
+
+
 def test_compilation_is_no_part_of_a_step(tmp_path):
     clock = Clock()
     made = meter(tmp_path, clock)
@@ -115,3 +126,22 @@ def test_weights_and_biases_gets_every_row(tmp_path, monkeypatch):
     begun, *rest = told
     assert begun.pop("id").startswith(f"{tmp_path.name}-") and begun == dict(project="edits", resume="allow")
     assert rest == [(1, {"loss": 2.0}), "end"]
+
+
+def test_a_run_outlives_whoever_reads_its_progress(monkeypatch):
+    class Gone:
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with telemetry.progress(3, 0, "base") as bar:
+        for _ in range(3):
+            bar.update()
+            bar.refresh()
+        assert bar.n == 3
