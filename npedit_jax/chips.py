@@ -1,7 +1,8 @@
 """Published peaks of TPU chips, and the devices of a topology that this machine does not have.
 
-Source: the pages of each TPU version in Google Cloud's documentation; the interconnect figure is what a chip receives
-over all its links, the network figure a host's share of the data centre's, per chip.
+Source: Google Cloud's documentation, the pages of each TPU version and the table of the page TPU7x. The interconnect
+figure is what a chip receives over all its links, half of what is published for both directions; the network figure a
+chip's share of the data centre's.
 """
 
 import dataclasses
@@ -40,8 +41,8 @@ class Chip:
 CHIPS = {
     "v5e": Chip(flops=197e12, memory=16e9, bandwidth=819e9, interconnect=200e9),
     "v5p": Chip(flops=459e12, memory=95e9, bandwidth=2765e9, interconnect=600e9),
-    "v6e": Chip(flops=918e12, memory=32e9, bandwidth=1640e9, interconnect=448e9),
-    "tpu7x": Chip(flops=1153.5e12, memory=96e9, bandwidth=3690e9, interconnect=600e9, devices=2),
+    "v6e": Chip(flops=918e12, memory=32e9, bandwidth=1638e9, interconnect=400e9, network=12.5e9),
+    "tpu7x": Chip(flops=1153.5e12, memory=96e9, bandwidth=3690e9, interconnect=300e9, devices=2),
 }
 
 

@@ -3,6 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, and a network of ours is one loop over its layers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -79,6 +80,7 @@ class Collective:
     shape: tuple[int, ...]
     times: int
     source: str
+    between_slices: bool = False  # over the data centre's network
 
     @property
     def moved(self) -> float:
@@ -95,14 +97,23 @@ class Work:
     flops: float
     traffic: float  # bytes to and from the main memory
     collectives: tuple[Collective, ...]
-    largest: tuple[tuple[int, str], ...]  # bytes and description of the largest arrays that it makes
+    largest: tuple[tuple[int, str], ...]  # bytes and description of the largest arrays that it makes or is given
+
+
+class Unreadable(ValueError):
+    """A compiled module's text has something in it that is not known here."""
 
 
 class Program:
-    """A compiled module's text, parsed."""
+    """A compiled module's text, parsed.
+
+    Raises:
+      Unreadable: from here on, also by `work`.
+    """
 
     def __init__(self, text: str):
-        self.computations, self.entry = _parse(text)
+        with _telling():
+            self.computations, self.entry = _parse(text)
 
     def work(self, mesh_shape: Mapping[str, int]) -> Work:
         """Adds up what the program does.
@@ -112,6 +123,10 @@ class Program:
 
         Of the branches of a condition the one with most products counts.
         """
+        with _telling():
+            return self._work(mesh_shape)
+
+    def _work(self, mesh_shape: Mapping[str, int]) -> Work:
         flops, traffic, collectives, made = 0.0, 0.0, {}, {}
         for context, name, times in self._runs(self.entry, 1, ""):
             computation = self.computations[name]
@@ -119,11 +134,17 @@ class Program:
                 flops += times * self._flops(computation, instruction)
                 if not self._fused(context):
                     traffic += times * self._traffic(computation, instruction)
-                    for array in instruction.results if instruction.opcode not in FREE else ():
+                    given = instruction.opcode == "parameter" and name == self.entry
+                    for array in instruction.results if given or instruction.opcode not in FREE else ():
                         if array.in_main_memory:
-                            label = f"{array.dtype}{list(array.shape)} {instruction.opcode} {instruction.source}"
+                            kind = "argument" if given else instruction.opcode
+                            label = f"{array.dtype}{list(array.shape)} {kind} {instruction.source}"
                             made[label] = array.bytes
-                if kind := _collective(instruction.opcode, name):
+                if exchanged := _read_exchange(instruction, times):
+                    key = (context.partition("/fusion")[0], exchanged.source)
+                    # What is sent and what arrives: of a sum that stays scattered the former is the whole.
+                    collectives[key] = max(exchanged, collectives.get(key, exchanged), key=lambda each: each.bytes)
+                elif kind := _collective(instruction.opcode, name):
                     found = self._read_collective(kind, computation, instruction, times, mesh_shape)
                     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                     # The start and the end of one that runs beside the computation each hold a copy of it.
@@ -136,26 +157,26 @@ class Program:
         """(how it is reached, computation, number of runs) of everything that runs."""
         yield context, name, times
         for instruction in self.computations[name].values():
-            for callee, repeats in self._calls(instruction):
-                mark = "fusion" if instruction.opcode in ("fusion", "async-start", "custom-call") else "loop"
+            for callee, repeats in self._calls(self.computations[name], instruction):
+                mark = "loop" if instruction.opcode in ("while", "conditional", "call") else "fusion"
                 yield from self._runs(callee, times * repeats, f"{context}/{mark}:{instruction.name}")
 
-    def _calls(self, instruction: Instruction) -> list[tuple[str, int]]:
+    def _calls(self, computation: Computation, instruction: Instruction) -> list[tuple[str, int]]:
         text = instruction.attributes
         if instruction.opcode == "while":
             condition, body = (re.search(rf"{part}=%?([\w.\-]+)", text)[1] for part in ("condition", "body"))
             known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
-            return [(body, int(known[1]) if known else self._trip_count(instruction, condition, body))]
+            return [(body, int(known[1]) if known else self._trip_count(computation, instruction, condition, body))]
         if instruction.opcode == "conditional":
             names = re.search(r"branch_computations=\{([^}]*)\}", text)
             names = names[1].split(",") if names else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
             return [(max((name.strip(" %") for name in names), key=self._total), 1)]
-        if instruction.opcode in ("fusion", "call", "async-start"):
+        if instruction.opcode in ("fusion", "call", "async-start", "call-start"):
             return [(name, 1) for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text)]
         return []
 
-    def _trip_count(self, loop: Instruction, condition: str, body: str) -> int:
-        """Of a loop that counts up from 0 to a constant, as those that pass shards of a matrix around."""
+    def _trip_count(self, computation: Computation, loop: Instruction, condition: str, body: str) -> int:
+        """Of a loop that counts up from one constant to another: not from 0 where its first round stands before it."""
         checks, steps = self.computations[condition], self.computations[body]
         compare = next(inner for inner in checks.values() if inner.root)
         try:
@@ -163,17 +184,22 @@ class Program:
             place = int(re.search(r"index=(\d+)", counter.attributes)[1])
             step = steps[next(inner for inner in steps.values() if inner.root).operands[place]]
             (amount,) = (steps[name].literal for name in step.operands if steps[name].opcode == "constant")
+            start = computation[computation[loop.operands[0]].operands[place]]
+            while start.opcode in ("copy", "bitcast"):
+                start = computation[start.operands[0]]
+            count = -(-(limit.literal - start.literal) // amount)
         except (KeyError, StopIteration, ValueError, TypeError) as error:
             raise ValueError(f"loop {loop.name} has no known trip count: {loop.source}") from error
-        if compare.opcode != "compare" or "direction=LT" not in compare.attributes or step.opcode != "add":
+        opcodes = (compare.opcode, step.opcode, start.opcode, limit.opcode)
+        if opcodes != ("compare", "add", "constant", "constant") or "direction=LT" not in compare.attributes:
             raise ValueError(f"loop {loop.name} has no known trip count: {loop.source}")
-        return -(-limit.literal // amount)
+        return count
 
     @functools.cache  # noqa: B019  a program lives as long as its report
     def _total(self, name: str) -> float:
         computation = self.computations[name]
         own = sum(self._flops(computation, instruction) for instruction in computation.values())
-        calls = (call for instruction in computation.values() for call in self._calls(instruction))
+        calls = (call for instruction in computation.values() for call in self._calls(computation, instruction))
         return own + sum(repeats * self._total(callee) for callee, repeats in calls)
 
     def _fused(self, context: str) -> bool:
@@ -208,7 +234,7 @@ class Program:
         return read + _main_bytes(instruction.results)
 
     def _fusion_traffic(self, computation: Computation, instruction: Instruction) -> float:
-        (callee, _), *_ = self._calls(instruction)
+        (callee, _), *_ = self._calls(computation, instruction)
         body = self.computations[callee]
         sources = [computation.get(name) for name in instruction.operands]
         read = sum(
@@ -236,7 +262,7 @@ class Program:
             elif user.opcode == "bitcast":
                 used += self._used(name, user)
             elif user.opcode == "fusion":
-                (callee, _), *_ = self._calls(user)
+                (callee, _), *_ = self._calls(self.computations[name], user)
                 used += sum(self._read(callee, place) for place, x in enumerate(user.operands) if x == array.name)
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
                 return array.bytes
@@ -250,7 +276,7 @@ class Program:
         if made.opcode == "bitcast":
             return self._written(name, body[made.operands[0]])
         if made.opcode == "fusion" and len(made.results) == 1:
-            (callee, _), *_ = self._calls(made)
+            (callee, _), *_ = self._calls(body, made)
             return self._written(callee, next(inner for inner in self.computations[callee].values() if inner.root))
         return made.bytes
 
@@ -288,6 +314,17 @@ class Program:
         )
 
 
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What an unknown form of the text leads to, whatever that is, as one kind of error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"the compiled program's text cannot be read: {type(error).__name__}: {error}") from error
+
+
 def _is_kernel(instruction: Instruction) -> bool:
     return "tpu_custom_call" in instruction.attributes
 
@@ -297,6 +334,28 @@ def _collective(opcode: str, computation: str) -> str | None:
     if name == "all-reduce" and computation.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # how the TPU compiler writes one
     return name if name in COLLECTIVES else None
+
+
+def _read_exchange(instruction: Instruction, times: int) -> Collective | None:
+    """What a transfer between slices is part of, which the compiler leaves to the runtime; None for anything else."""
+    attributes = dict(re.findall(r'_(xla_\w+)="([^"]*)"', instruction.attributes))
+    if instruction.opcode not in ("send", "recv") or "xla_megascale_transfer_type" not in attributes:
+        return None
+    kind = attributes["xla_megascale_transfer_type"].lower().replace("_", "-")
+    (slices,) = re.findall(r"^\{([^}]*)\}x", attributes["xla_megascale_target"])
+    ranges = [[int(end) for end in part.split(":")] for part in slices.split(",")]
+    largest = max(instruction.results, key=lambda array: array.bytes)
+    return Collective(
+        kind=kind,
+        axes=("data",),  # along which alone slices lie
+        group=sum(ends[-1] - ends[0] + 1 for ends in ranges),
+        bytes=largest.bytes,
+        dtype=largest.dtype,
+        shape=largest.shape,
+        times=times,
+        source=attributes["xla_host_transfer_rendezvous"],
+        between_slices=True,
+    )
 
 
 def _started_traffic(computation: Computation, instruction: Instruction) -> float:
@@ -318,13 +377,15 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     computations: dict[str, dict[str, Instruction]] = {}
     current, entry = None, ""
     # A kernel's instruction runs over several lines.
-    for line in re.sub(r"\n(?!  |%|ENTRY|\}\s*$|HloModule|\s*$)", " ", text, flags=re.MULTILINE).splitlines():
+    # What runs on a core of its own says so behind the bracket that ends it.
+    end = r"\}(?:, execution_thread=.*)?\s*$"
+    for line in re.sub(rf"\n(?!  |%|ENTRY|{end}|HloModule|\s*$)", " ", text, flags=re.MULTILINE).splitlines():
         if current is None:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
             if head and "->" in line:
                 current = computations.setdefault(head[2], {})
                 entry = head[2] if head[1] else entry
-        elif line.strip() == "}":
+        elif re.match(end, line):
             current = None
         elif instruction := _parse_line(line):
             current[instruction.name] = instruction

@@ -1,6 +1,7 @@
 """The programs of a run with the shapes of their arguments, for compiling and counting without weights or data."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -90,7 +91,8 @@ def programs(config: Config, mesh: Mesh, side: tuple[int, int]) -> tuple[dict[st
         inner = _one_of(mesh, batch) if name != "step" else batch
         arguments = (held.state, held.frozen, inner, key)
         found[name] = Compilable(function, plain[name], arguments, inner, runs[name])
-    return found | {"sample": _sample(config, modules, plain_modules, mesh, held, batch)}, held
+    sample = _sample(config, modules, plain_modules, mesh, held, batch)
+    return found | {"sample": sample, "notes": _notes(modules, plain_modules, mesh, sample)}, held
 
 
 def _sample(
@@ -103,6 +105,17 @@ def _sample(
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=parallel.replicated(mesh))
     counted = previews.function(config, plain, stages.adapted(config))
     return Compilable(program, counted, (params, inner, key), inner, 0.0)
+
+
+def _notes(modules: Mapping[str, Any], plain: Mapping[str, Any], mesh: Mesh, sample: Compilable) -> Compilable:
+    """What the previews tell beside the sampler's pictures, the scorer's answers among it."""
+    params, inner, _ = sample.arguments
+    whole = parallel.replicated(mesh)
+    made = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in jax.eval_shape(sample.plain, *sample.arguments)
+    ]
+    counted = functools.partial(previews.notes, plain)
+    return Compilable(previews.notes_program(modules, mesh), counted, (params, inner, made), inner, 0.0)
 
 
 def batch_shapes(config: Config, side: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -69,7 +69,7 @@ class Previews:
         self._key = parallel.place(lambda: jax.random.key(0), whole)
         self._program = program(self._config, stage.modules, stage.adapted, stage.mesh)
         if PREVIEWS[self._config.stage] is _editor:
-            self._notes = jax.jit(functools.partial(_notes, stage.modules), out_shardings=whole)
+            self._notes = notes_program(stage.modules, stage.mesh)
             directory = networks.resolve(self._config.data.text_tokenizer)
             self._text = TextTokenizer(directory, self._config.data.text_length)
 
@@ -87,7 +87,12 @@ class Previews:
         return contact_sheet.draw(lines, abreast=2)
 
 
-def _notes(
+def notes_program(modules: Modules, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """`notes` of these modules, compiled; every process gets all of them."""
+    return jax.jit(functools.partial(notes, modules), out_shardings=parallel.replicated(mesh))
+
+
+def notes(
     modules: Modules, params: Mapping[str, Any], batch: Mapping[str, jax.Array], rows: Sequence[jax.Array]
 ) -> dict[str, jax.Array]:
     """What stands beside edits: tokens of their texts; with a scorer its probabilities of the wanted answers, [B, 2].

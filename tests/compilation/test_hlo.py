@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from npedit_jax import flops
-from npedit_jax.compilation import hlo
+from npedit_jax import chips, flops
+from npedit_jax.compilation import hlo, report
 from npedit_jax.models import positions
 from npedit_jax.models.denoiser import Denoiser
 from npedit_jax.training import networks
@@ -74,6 +74,70 @@ def test_a_loop_of_the_tpu_compiler_is_counted_by_its_length():
     scalars = 4 + 3 * 4 + 2 * 4 + 1  # the layer's number, the addition; the comparison runs once more
     products = (layer + whole) + (x + whole + y) + (y + x)
     assert work.traffic == pytest.approx(4 * (2 * layer + products + scalars), abs=4 * 16)
+
+
+def test_a_loop_whose_first_round_stands_before_it_is_one_shorter():
+    peeled = TPU.replace(
+        "%start = s32[]{:T(128)} constant(0)", "%one = s32[]{:T(128)} constant(1)\n  %start = s32[]{:T(128)} copy(%one)"
+    )
+    (gather,) = hlo.Program(peeled).work({"data": 1, "fsdp": 8, "tensor": 1}).collectives
+    assert gather.times == 3  # 1, 3, 5
+    with pytest.raises(hlo.Unreadable, match="no known trip count"):
+        hlo.Program(TPU.replace("tuple(%start, %a, %b)", "tuple(%b, %a, %b)")).work({"data": 1, "fsdp": 8, "tensor": 1})
+
+
+def test_arguments_are_among_the_largest_arrays():
+    named = TPU.replace(
+        "%a = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)",
+        '%a = bf16[30,8,16]{2,1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="params"}',
+    )
+    largest = hlo.Program(named).work({"data": 1, "fsdp": 8, "tensor": 1}).largest
+    assert largest[0] == (30 * 8 * 16 * 2, "bf16[30, 8, 16] argument params")
+
+
+def test_a_computation_of_another_core_ends_too():
+    apart = TPU.replace("(2,1)} bitcast(%slice)\n}", '(2,1)} bitcast(%slice)\n}, execution_thread="sparsecore"')
+    assert apart != TPU
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+    assert hlo.Program(apart).work(mesh) == hlo.Program(TPU).work(mesh)
+
+
+EXCHANGED = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[64,8,128]) -> bf16[64,8,128] {
+  %a = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %after = token[] after-all()
+  %send = (bf16[64,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%a, %after), channel_id=4, is_host_transfer=true, frontend_attributes={ATTRIBUTES}
+  %recv = (bf16[RECEIVED,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={ATTRIBUTES}
+  %sent = token[] send-done(%send), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %received = (bf16[RECEIVED,8,128]{2,1,0:T(8,128)(2,1)}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true
+  ROOT %out = bf16[RECEIVED,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%received), index=0
+}
+"""
+ATTRIBUTES = (
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.6_0",'
+    '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="TYPE"'
+)
+
+
+@pytest.mark.parametrize(
+    ("type", "target", "received", "kind", "slices"),
+    [
+        ("ALL_REDUCE", "{1,2}", 64, "all-reduce", 2),
+        ("ALL_REDUCE", "{0:3}", 64, "all-reduce", 4),
+        ("REDUCE_SCATTER", "{1,2}", 32, "reduce-scatter", 2),
+    ],
+)
+def test_what_slices_exchange_goes_over_the_network(type, target, received, kind, slices):
+    """The compiler leaves it to the runtime, as a pair of transfers to the host: one exchange, counted once."""
+    attributes = ATTRIBUTES.replace("{TARGET}", target).replace("TYPE", type)
+    text = EXCHANGED.replace("ATTRIBUTES", attributes).replace("RECEIVED", str(received))
+    (found,) = hlo.Program(text).work({"data": slices, "fsdp": 4, "tensor": 1}).collectives
+    assert (found.kind, found.axes, found.group, found.between_slices) == (kind, ("data",), slices, True)
+    assert found.bytes == 64 * 8 * 128 * 2 and found.times == 1
+    chip = chips.CHIPS["v5e"]
+    times = report._times(hlo.Work(0.0, 0.0, (found,), ()), chip)
+    assert times["network"] == found.moved / chip.network and times["interconnect"] == 0.0
 
 
 STARTED = """HloModule jit_f, is_scheduled=true

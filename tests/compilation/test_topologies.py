@@ -58,6 +58,10 @@ def test_slices_exchange_over_data_alone():
 mesh = parallel.make_mesh(2, -1, 1, chips.devices_of("v5e:2x2", 2))
 assert mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}
 assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+found = work("v5e:2x4", 4, 512, slices=2)  # two copies in each slice
+between = [c for c in found.collectives if c.between_slices]
+assert {(c.kind, c.group) for c in between} == {("all-reduce", 2)} and sum(c.times for c in between) == 4, found
+assert ("data",) in {c.axes for c in found.collectives if not c.between_slices}, found
 """)
 
 
