@@ -6,13 +6,12 @@ fit into the memory of this machine twice; accelerators are not needed (JAX_PLAT
 """
 
 import argparse
-import sys
 
 import jax
 from absl import logging
 from etils import epath
 
-from npedit_jax import weights
+from npedit_jax import commands, weights
 from npedit_jax.weights import converted
 from npedit_jax.weights.saving import check_new, copy_tokenizer
 
@@ -53,10 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="to store; by default as in the source")
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    try:
+    with commands.told("convert"):
         count = convert(arguments.model, arguments.source, arguments.output, arguments.dtype)
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert: {' '.join(str(error).split())}")
     print(f"{arguments.output}: {count:,} parameters")
 
 

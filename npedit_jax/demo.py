@@ -17,11 +17,10 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from npedit_jax import pictures
+from npedit_jax import commands, pictures
 from npedit_jax.editor import FITS, SEEDS, TASKS, Editor
 from npedit_jax.judge import Judge, has_scorer, successes
 from npedit_jax.training import workdirs
-from npedit_jax.training.faults import RunFault
 
 MAX_UPLOAD = 20_000_000  # bytes of a file
 MAX_REQUEST = MAX_UPLOAD + 2**20  # bytes of a file and the form around it, or of anything else that is sent
@@ -180,15 +179,12 @@ def main(argv: list[str] | None = None) -> None:
     if auth and len(auth) != 2:
         parser.error("--auth takes USER:PASSWORD")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
-    try:
+    with commands.told("demo", extra="demo"):
         editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=given.task)
-        scored = has_scorer(workdirs.read_config(given.checkpoint))
+        with workdirs.reading(given.checkpoint) as config:
+            scored = has_scorer(config)
         judge = Judge.of_run(given.checkpoint, task=given.task) if scored else None
         serve(Demo(editor, judge), given.host, given.port, auth)
-    except ImportError as error:
-        sys.exit(f"demo: {error}; pip install 'npedit_jax[demo]'")
-    except (ValueError, OSError, RunFault) as error:
-        sys.exit(f"demo: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +22,9 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from npedit_jax import contact_sheet, jsonl, pictures
+from npedit_jax import commands, contact_sheet, jsonl, pictures
 from npedit_jax.editor import FITS, TASKS, Editor
 from npedit_jax.judge import Judge, successes
-from npedit_jax.training.faults import RunFault
 
 BATCH_SIZE = 16  # pictures of one size that go through the networks at a time
 FIELDS = {"image": str, "instruction": str, "output": str, "seed": int}
@@ -296,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     _check_arguments(parser, given)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
     options = Options(given.raw, given.fit, given.task, given.original_size, given.scores, given.best_of)
-    try:
+    with commands.told("edit"):
         if given.sheet is not None:
             seeds = given.seeds or [given.seed]
             sheet(given.checkpoint, given.image, given.instruction, seeds, given.sheet, options)
@@ -304,8 +302,6 @@ def main(argv: list[str] | None = None) -> None:
             edit(given.checkpoint, read_batch(given.batch, given.seed), options)
         else:
             edit(given.checkpoint, [Request(given.image, given.instruction[0], given.output, given.seed)], options)
-    except (ValueError, OSError, RunFault) as error:
-        sys.exit(f"edit: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ class Editor:
       fit: "bucket", or "multiple" to keep a picture's shape more closely than the buckets do, for a program per shape.
       prefix: what every instruction begins with, of a student that was trained on several tasks.
       step: of the training run, when the networks were saved.
+
+    Raises:
+      ValueError: an unknown `fit`, or settings that `sampling.edit` cannot take.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Editor:
     ):
         if fit not in FITS:
             raise ValueError(f"unknown way to fit a picture {fit!r}; choose one of {FITS}")
+        sampling.check(**settings)
         # The axes of training: modules that lay kernels and activations out over a mesh look for these.
         self._mesh = parallel.make_mesh(devices=jax.local_devices())
         self._by_sample = parallel.batch_sharding(self._mesh)
@@ -88,18 +92,19 @@ class Editor:
           WorkdirError: the directory is no run of an editor, has not trained the task, or has no checkpoint yet.
           FileNotFoundError, ValueError: the weights of a frozen network are missing or do not fit.
         """
-        config = read_config(run_directory)
-        prefixes = export.task_prefixes(config)
-        if prefixes and task not in prefixes:
-            raise workdirs.WorkdirError(f"{run_directory} was trained for {list(prefixes)}, not for {task}")
-        step, made = export.newest_networks(run_directory, raw=raw)
-        frozen = [name for name in NETWORKS if name not in made]
-        made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
-        made = {name: networks.on_this_machine(network) for name, network in made.items()}
-        tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
-        buckets = config.data.buckets if "buckets" in config.data else ()
-        settings = config.sampling.to_dict()
-        return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefixes.get(task, ""), step=step)
+        read_config(run_directory)
+        with workdirs.reading(run_directory) as config:
+            prefixes = export.task_prefixes(config)
+            if prefixes and task not in prefixes:
+                raise workdirs.WorkdirError(f"{run_directory} was trained for {list(prefixes)}, not for {task}")
+            step, made = export.newest_networks(run_directory, raw=raw)
+            frozen = [name for name in NETWORKS if name not in made]
+            made |= {name: networks.create(config.networks[name], rng=None) for name in frozen}
+            made = {name: networks.on_this_machine(network) for name, network in made.items()}
+            tokenizer = TextTokenizer(networks.resolve(config.data.text_tokenizer), config.data.text_length)
+            buckets = config.data.buckets if "buckets" in config.data else ()
+            settings = config.sampling.to_dict()
+            return cls(made, tokenizer, settings, buckets=buckets, fit=fit, prefix=prefixes.get(task, ""), step=step)
 
     def check(self, instruction: str, seed: int = 0) -> None:
         """Checks one request without computing anything.

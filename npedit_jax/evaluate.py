@@ -17,13 +17,13 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from npedit_jax import commands
 from npedit_jax.data import easyvqa as dataset
 from npedit_jax.edit import positive
 from npedit_jax.editor import FITS, TASKS, Editor
 from npedit_jax.evaluation import easyvqa, report
 from npedit_jax.judge import Judge, has_scorer
 from npedit_jax.training import telemetry, workdirs
-from npedit_jax.training.faults import RunFault
 
 if TYPE_CHECKING:
     from npedit_jax.evaluation.results import Results
@@ -39,8 +39,9 @@ def evaluate_easyvqa(arguments: argparse.Namespace) -> None:
       workdirs.WorkdirError: the checkpoint directory is no run of an editor.
     """
     run, seed, batch = arguments.checkpoint, arguments.seed, arguments.batch
-    config = workdirs.read_config(run)
     editor = Editor.from_checkpoint(run, raw=arguments.raw)
+    with workdirs.reading(run) as config:
+        scored = has_scorer(config)
     output, page = epath.Path(arguments.output), epath.Path(arguments.report) if arguments.report else None
     for directory in [output] + ([page.parent] if page else []):
         directory.mkdir(parents=True, exist_ok=True)  # now, not after minutes of work for nothing
@@ -51,7 +52,7 @@ def evaluate_easyvqa(arguments: argparse.Namespace) -> None:
     with progress(len(asked), "edit") as bar:
         edited = easyvqa.edit_all(editor.edit_batch, data, asked, seed=seed, batch=batch, advance=bar.update)
     scores = easyvqa.score(data, asked, edited)
-    if has_scorer(config):
+    if scored:
         judge, references = Judge.of_run(run), data.images[[request.index for request in asked]]
         edits = [request.edit for request in asked]
         pairs = [judge.questions(edit.instruction, edit.edit_type, edit.object) for edit in edits]
@@ -83,7 +84,6 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
 
     if given.data is None:
         raise ValueError(f"--benchmark {given.benchmark} needs --data, a local copy of its files")
-    config = workdirs.read_config(given.checkpoint)
     read = {"gedit": cases_lib.gedit, "dreambooth": cases_lib.dreambooth, "folder": cases_lib.folder}[given.benchmark]
     cases = read(given.data, given.languages) if given.benchmark == "gedit" else read(given.data)
     if not cases:
@@ -95,8 +95,9 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
     editor = Editor.from_checkpoint(given.checkpoint, raw=given.raw, fit=given.fit, task=task)
     name = given.name or epath.Path(given.checkpoint).resolve().name
     made = results.Results(epath.Path(given.output) / name, settings | {"step": editor.step})
-    templates = task if config.data.get("templates") in TASKS else ""  # the small experiment has its own
-    judge = Judge.of_run(given.checkpoint, templates=templates) if has_scorer(config) else None
+    with workdirs.reading(given.checkpoint) as config:
+        templates = task if config.data.get("templates") in TASKS else ""  # the small experiment has its own
+        judge = Judge.of_run(given.checkpoint, templates=templates) if has_scorer(config) else None
     with progress(sum(case.key not in made for case in cases), "edit") as bar:
         options = dict(seed=given.seed, batch=given.batch, original_size=given.original_size)
         results.make(made, editor, judge, cases, advance=bar.update, **options)
@@ -105,7 +106,7 @@ def evaluate_photographs(given: argparse.Namespace) -> None:
         grade(given, made, keys)
     summary = results.summarise(made.rows(keys))
     (made.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    comparison.write(made.directory / "index.html", [made], f"{made.name}: {given.benchmark}")
+    comparison.write(made.directory / "index.html", [made], f"{made.name}: {given.benchmark}", keys)
     print(results.table(summary))
 
 
@@ -131,9 +132,10 @@ def compare(given: argparse.Namespace) -> None:
     from npedit_jax.evaluation import comparison, results
 
     runs = [results.Results(directory) for directory in given.compare]
-    comparison.write(given.output, runs, " and ".join(run.name for run in runs))
-    for run in runs:
-        print(f"{run.directory}\n{results.table(results.summarise(run.rows()))}")
+    left_out = comparison.write(given.output, runs, " and ".join(run.name for run in runs))
+    for run, count in zip(runs, left_out.values(), strict=True):
+        others = f", {count} of these edits are of cases that the others do not have" if count else ""
+        print(f"{run.directory}{others}\n{results.table(results.summarise(run.rows()))}")
 
 
 def progress(total: int, label: str) -> tqdm.tqdm:
@@ -167,17 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.compare and arguments.benchmark not in BENCHMARKS:
         sys.exit(f"evaluate: unknown benchmark {arguments.benchmark!r}; choose one of: {', '.join(BENCHMARKS)}")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
-    try:
+    with commands.told("evaluate", extra="evaluate"):
         if arguments.compare:
             compare(arguments)
         elif arguments.benchmark == "easyvqa":
             evaluate_easyvqa(arguments)
         else:
             evaluate_photographs(arguments)
-    except ImportError as error:
-        sys.exit(f"evaluate: {error}; pip install 'npedit_jax[evaluate]'")
-    except (ValueError, OSError, RunFault) as error:
-        sys.exit(f"evaluate: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

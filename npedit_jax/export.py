@@ -20,14 +20,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from npedit_jax import atomic, weights
+from npedit_jax import atomic, commands, weights
 from npedit_jax.data import questions
 from npedit_jax.data.batches import arrays
 from npedit_jax.models.autoencoder import Autoencoder
 from npedit_jax.pixels import to_pixels
 from npedit_jax.training import datasets, networks, stages, workdirs
 from npedit_jax.training.checkpoint import Checkpoints
-from npedit_jax.training.faults import RunFault
 from npedit_jax.weights import adapters, release
 from npedit_jax.weights.saving import MAX_SHARD_BYTES, copy_tokenizer
 
@@ -214,15 +213,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("export: --pt needs PyTorch, which is not installed; pip install 'npedit_jax[torch]'")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is read-only
     chosen = {"raw": arguments.raw, "dtype": arguments.dtype}
-    try:
+    with commands.told("export"), workdirs.reading(arguments.checkpoint):
         if arguments.format == "peft":
             written = export_adapter(arguments.checkpoint, arguments.output, **chosen)
         elif arguments.format == "npedit":
             written = export_release(arguments.checkpoint, arguments.output, pickle=arguments.pt, **chosen)
         else:
             written = export(arguments.checkpoint, arguments.output, frozen=arguments.frozen, **chosen)
-    except (ValueError, OSError, RunFault) as error:
-        sys.exit(f"export: {' '.join(str(error).split())}")
     print("\n".join(written))
 
 

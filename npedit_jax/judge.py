@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from npedit_jax import parallel
 from npedit_jax.data import questions
 from npedit_jax.data.tokenize import QuestionTokens, ScorerTokenizer
 from npedit_jax.objectives import feedback
@@ -24,6 +25,8 @@ Pair = tuple[questions.Question, questions.Question]  # (edit verification, iden
 class Judge:
     """Asks both questions about an edit, with one compiled program per image size.
 
+    Batches are spread over the devices of this process, each of which holds all parameters.
+
     Args:
       scorer: a `models.scorer.Scorer` and its parameters.
       tokenizer: makes the questions' prompts, for the scorer's number of tokens per image.
@@ -31,7 +34,11 @@ class Judge:
     """
 
     def __init__(self, scorer: networks.Network, tokenizer: ScorerTokenizer, templates: questions.Templates):
-        self._module, self._params = scorer
+        # The axes of training: modules that lay activations out over a mesh look for these.
+        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._by_sample = parallel.batch_sharding(self._mesh)
+        self._module = scorer.module
+        self._params = jax.device_put(scorer.params, parallel.replicated(self._mesh))
         self._tokenizer, self._templates = tokenizer, templates
         self._program = jax.jit(self._answer)
 
@@ -47,16 +54,16 @@ class Judge:
           WorkdirError: the directory is no run, or one without a scorer.
           ValueError: there are no templates of that name.
         """
-        config = workdirs.read_config(run)
-        if not has_scorer(config):
-            raise workdirs.WorkdirError(f"{run} learned from no scorer; leave out what asks for its scores")
-        own = config.data.tasks[task] if task and "tasks" in config.data else config.data
-        changes = own.get("questions") if templates in ("", own.templates) else None
-        wordings = questions.templates(templates or own.templates, changes)
-        scorer = networks.on_this_machine(networks.create(config.networks.scorer, rng=None))
-        directory = networks.resolve(config.data.scorer_tokenizer)
-        tokenizer = ScorerTokenizer(directory, scorer.module.image_tokens, config.data.question_length)
-        return cls(scorer, tokenizer, wordings)
+        with workdirs.reading(run) as config:
+            if not has_scorer(config):
+                raise workdirs.WorkdirError(f"{run} learned from no scorer; leave out what asks for its scores")
+            own = config.data.tasks[task] if task and "tasks" in config.data else config.data
+            changes = own.get("questions") if templates in ("", own.templates) else None
+            wordings = questions.templates(templates or own.templates, changes)
+            scorer = networks.on_this_machine(networks.create(config.networks.scorer, rng=None))
+            directory = networks.resolve(config.data.scorer_tokenizer)
+            tokenizer = ScorerTokenizer(directory, scorer.module.image_tokens, config.data.question_length)
+            return cls(scorer, tokenizer, wordings)
 
     def questions(self, instruction: str, edit_type: str = "", object: str = "") -> Pair:
         """The two questions about an edit; with the type "remove" and an object the first asks whether it is there."""
@@ -91,7 +98,8 @@ class Judge:
         Args:
           references, edited: uint8 [n, H, W, 3].
           asked: both questions about each edit, see `questions`.
-          batch: edits per call of the network; fewer are filled up.
+          batch: edits per call of the network; fewer are filled up. A number that the devices do not divide is raised
+            to one that they do.
           advance: called after each batch with the number of edits in it.
 
         Raises:
@@ -101,12 +109,16 @@ class Judge:
         tokens = self._tokenize(asked)
         prompts = [x.reshape(count, 2, -1) for x in (tokens.ids, tokens.mask, tokens.image_index)]
         answers = np.empty((count, 2), np.float32)
-        for start in range(0, count, batch):
-            rows = np.arange(start, start + batch) % count
-            new = min(batch, count - start)
+        devices = self._by_sample.num_devices
+        size = -(-batch // devices) * devices
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size) % count
+            new = min(size, count - start)
             images = np.stack([references[rows], edited[rows]], axis=1)
-            found = self._program(self._params, images, *(prompt[rows] for prompt in prompts))
-            answers[rows[:new]] = found[:new]
+            inputs = jax.device_put([images, *(prompt[rows] for prompt in prompts)], self._by_sample)
+            with jax.set_mesh(self._mesh):
+                found = self._program(self._params, *inputs)
+            answers[rows[:new]] = np.asarray(found)[:new]
             advance(new)
         return answers
 

@@ -19,6 +19,15 @@ NetworkParams = Mapping[str, Params]  # by the name of the network, as the modul
 Text = tuple[jax.Array, jax.Array]  # hidden states [B, L, D] and mask [B, L]
 
 
+def check(*, times: Sequence[float], sampler: str = "ddim", eta: float = 1.0) -> None:
+    """Raises ValueError where `edit` cannot take these settings."""
+    unroll.check_times(times, "sampling.times")
+    if sampler not in unroll.SAMPLERS:
+        raise ValueError(f"sampling.sampler must be one of {unroll.SAMPLERS}, found {sampler!r}")
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"sampling.eta must be in 0 to 1, found {eta!r}")
+
+
 def edit(
     student: nn.Module,
     params: Params,

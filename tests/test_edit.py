@@ -239,6 +239,11 @@ def test_best_of_keeps_the_seed_that_the_scorer_prefers(run, tmp_path):
     assert np.abs(np.asarray(best).astype(int) - alone).max() <= 1
 
 
+def _scores(run, edits):
+    judge = Judge.of_run(run)
+    return judge(_images(3), edits, [judge.questions("remove the circle")] * 3, batch=3)
+
+
 def _edit_on_two_devices(run, file):
     jax.config.update("jax_num_cpu_devices", 2)
     editor, meshes, encode = Editor.from_checkpoint(run), [], sampling.encode_image
@@ -248,18 +253,21 @@ def _edit_on_two_devices(run, file):
         return encode(*arguments)
 
     sampling.encode_image = encode_noting
-    np.save(file, editor.edit_batch(_images(3), ["make the circle red", "remove the circle", "do nothing."], [0, 1, 7]))
+    edits = editor.edit_batch(_images(3), ["make the circle red", "remove the circle", "do nothing."], [0, 1, 7])
+    np.savez(file, edits=edits, scores=_scores(run, edits))
     assert meshes == [{"data": 2, "fsdp": 1, "tensor": 1}]  # known inside the program: XLA cannot split a kernel itself
 
 
 @pytest.mark.slow
 def test_batch_is_spread_over_the_devices(run, editor, tmp_path):
-    process = CONTEXT.Process(target=_edit_on_two_devices, args=(run, tmp_path / "edits.npy"))
+    process = CONTEXT.Process(target=_edit_on_two_devices, args=(run, tmp_path / "two.npz"))
     process.start()
     process.join(120)
     assert process.exitcode == 0
     one = editor.edit_batch(_images(3), ["make the circle red", "remove the circle", "do nothing."], [0, 1, 7])
-    assert np.abs(np.load(tmp_path / "edits.npy").astype(int) - one).max() <= 1
+    two = np.load(tmp_path / "two.npz")
+    assert np.abs(two["edits"].astype(int) - one).max() <= 1
+    np.testing.assert_allclose(two["scores"], _scores(run, two["edits"]), atol=1e-5)
 
 
 def test_batch_file_of_several_sizes(run, tmp_path):
@@ -368,6 +376,54 @@ def test_bad_line_of_a_batch_file_is_numbered(run, folder, capsys, line, told):
     (folder / "requests.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + bad + b"\n")
     message = _told(capsys, folder, ["--checkpoint", str(run), "--batch", "requests.jsonl", "--best-of", "2"])
     assert message.startswith("edit: requests.jsonl line 2: ") and told in message
+
+
+def _leaves(tree, path=()):
+    """Paths of all values of a config, the inner ones as well."""
+    for name, value in tree.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, name))
+
+
+def _damaged(config, path, value):
+    config = json.loads(json.dumps(config))
+    *parents, last = path
+    part = config
+    for name in parents:
+        part = part[name]
+    if value is DELETED:
+        del part[last]
+    else:
+        part[last] = value
+    return config
+
+
+DELETED = object()
+
+
+def test_a_damaged_config_is_told_in_one_line(run, tmp_path, capsys):
+    """Each of its values in turn taken away, or of another kind; some of which an editor has no use for."""
+    config = json.loads((run / "config.json").read_text())
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(run / "checkpoints")
+    values = (DELETED, "x", 3, -0.5, [7], {}, None)
+    cases = [(path, values[n % len(values)]) for n, path in enumerate(_leaves(config))]
+    cases += [(("networks", "student", "options"), {"dtype": "float99"}), (("sampling", "times"), [0.5, 1.0])]
+    refused = 0
+    for path, value in cases:
+        (copy / "config.json").write_text(json.dumps(_damaged(config, path, value)))
+        for load in (Editor.from_checkpoint, Judge.of_run):
+            try:
+                load(copy)
+            except (ValueError, OSError):
+                refused += 1
+    assert refused > 20
+    (copy / "config.json").write_text(json.dumps(_damaged(config, ("sampling", "times"), "soon")))
+    with pytest.raises(SystemExit) as stopped:
+        edit.main(["--checkpoint", str(copy), "--image", "a.png", "--instruction", "x", "--output", "b.png"])
+    assert stopped.value.code.startswith("edit: ") and "\n" not in stopped.value.code
 
 
 def test_interrupted_write_leaves_nothing(folder, monkeypatch):

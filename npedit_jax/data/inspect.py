@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
             samples=_SAMPLES.value,
             inner=config.stage == "npedit",
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 1
     print(_OUTPUT.value)

@@ -412,7 +412,7 @@ def main() -> int:
         ask = Asker(client, arguments.model, arguments.tries)
         found = Records(arguments.records)
         written = run(found, arguments.output, ask, shares=shares, concurrency=arguments.concurrency)
-    except (FileNotFoundError, FileExistsError, ValueError, openai.OpenAIError) as error:
+    except (FileNotFoundError, FileExistsError, ImportError, ValueError, openai.OpenAIError) as error:
         print(f"instructions: {error}", file=sys.stderr)
         return 1
     problems = sum("problem" in answer for _, answer in _read_answers(written.directory / ANSWERS))

@@ -214,7 +214,7 @@ def main() -> int:
             beam_options=arguments.beam,
             filters=select.filters_of(arguments),
         )
-    except (FileExistsError, FileNotFoundError, ModuleNotFoundError, ValueError, TooManyRejected) as error:
+    except (FileExistsError, FileNotFoundError, ImportError, ValueError, TooManyRejected) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
     told = {key: written.manifest[key] for key in ("count", "kept", "left_out", "rejected")}

@@ -136,7 +136,7 @@ def main() -> int:
         found = Records(arguments.records)
         damaged = found.shards.damaged() if arguments.check else []
         write(found, arguments.output, samples=arguments.samples)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     if damaged:

@@ -116,7 +116,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         left_out = apply(arguments.records, filters_of(arguments))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"select: {error}", file=sys.stderr)
         return 1
     print(f"{arguments.records}: {Records(arguments.records).manifest['kept']} kept, left out {json.dumps(left_out)}")

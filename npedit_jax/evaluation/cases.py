@@ -179,7 +179,7 @@ def dreambooth(directory: epath.PathLike) -> list[Case]:
         if not images:
             raise ValueError(f"{directory / subject} holds no .jpg or .png")
         for number, prompt in enumerate(prompts[kind in ("cat", "dog")]):
-            words = prompt.format("", kind).replace("  ", " ")
+            words = prompt.replace("{0}", "").replace("{1}", kind).replace("  ", " ")
             read = functools.partial(pictures.read, images[0])
             cases.append(Case(f"{subject}/{number:02d}", subject, words, read, object=kind))
     return cases

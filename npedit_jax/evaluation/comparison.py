@@ -5,7 +5,7 @@ Pictures are linked, relative to the page, so that a page of thousands stays sma
 
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jinja2
 from etils import epath
@@ -54,6 +54,9 @@ figcaption { font-size: 13px; line-height: 1.4; color: var(--soft); margin-top: 
 <p>P(done) and P(rest kept) are the scorer's probabilities, from 0 to 1. SSIM and PSNR compare an edit with its
 reference, outside the mask where a case has one. Semantic consistency, perceptual quality and overall are VIEScore's,
 from 0 to 10.</p>
+{% for name, count in left_out.items() -%}
+<p>{{ count }} more edits of {{ name }} are of pictures, instructions or masks that the others do not have.</p>
+{% endfor -%}
 {% for part, lines in tables.items() -%}
 <h2>{{ part or "Figures" }}</h2>
 <div class="scroll"><table>
@@ -84,8 +87,16 @@ from 0 to 10.</p>
 """
 
 
-def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
+def write(
+    page: epath.PathLike, runs: Sequence[Results], title: str, keys: Collection[str] | None = None
+) -> dict[str, int]:
     """Writes the page of one run, or of several side by side; of these, the edits that all have.
+
+    Args:
+      keys: of the edits to show; None is all.
+
+    Returns:
+      How many edits of each run are not among those shown, by its name on the page; the page says it too.
 
     Raises:
       ValueError: the runs have no edit in common.
@@ -94,13 +105,14 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.directory) for run in runs]
-    rows = [{row["key"]: row for row in run.rows()} for run in runs]
+    rows = [{row["key"]: row for row in run.rows(keys)} for run in runs]
     common = [key for key, row in rows[0].items() if all(_same(row, other.get(key)) for other in rows)]
     if not common:
         raise ValueError(
             f"{' and '.join(str(run.directory) for run in runs)} have no edit in common: none of the same picture, "
             "instruction and mask"
         )
+    left_out = {name: len(mine) - len(common) for name, mine in zip(names, rows, strict=True)}
     tables: dict[str, list] = {}
     summaries = [results_lib.summarise([mine[key] for key in common]) for mine in rows]
     for part, tasks in summaries[0].items():
@@ -127,10 +139,12 @@ def write(page: epath.PathLike, runs: Sequence[Results], title: str) -> None:
         figures=used,
         labels=LABELS,
         names=names,
+        left_out={name: count for name, count in left_out.items() if count},
         sums=(results_lib.ALL, results_lib.TASKS),
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(page, text)
+    return left_out
 
 
 def _same(row: results_lib.Row, other: results_lib.Row | None) -> bool:

@@ -22,11 +22,7 @@ def preservation(reference: Image.Image, edited: Image.Image, mask: Image.Image 
     if reference.size != edited.size:
         raise ValueError(f"expected two pictures of one size, found {reference.size} and {edited.size}")
     before, after = (np.asarray(image.convert("RGB")) for image in (reference, edited))
-    outside = np.ones(before.shape[:2], bool)
-    if mask is not None:
-        outside = np.asarray(mask.convert("L").resize(reference.size)) < 128
-        if not outside.any():
-            raise ValueError("the mask leaves nothing outside the edit")
+    outside = kept(mask, reference.size)
     window = min(WINDOW, *before.shape[:2])
     window -= 1 - window % 2
     _, similarity = metrics.structural_similarity(before, after, win_size=window, channel_axis=-1, full=True)
@@ -34,3 +30,17 @@ def preservation(reference: Image.Image, edited: Image.Image, mask: Image.Image 
     same = np.array_equal(before, after)
     psnr = 100.0 if same else min(100.0, metrics.peak_signal_noise_ratio(before, after, data_range=255))
     return {"ssim": float(similarity[outside].mean()), "psnr": float(psnr)}
+
+
+def kept(mask: Image.Image | None, size: tuple[int, int]) -> np.ndarray:
+    """Where a picture of that size (width, height) should stay as it is, bool [H, W]; everywhere without a mask.
+
+    Raises:
+      ValueError: the mask leaves nothing.
+    """
+    if mask is None:
+        return np.ones(size[::-1], bool)
+    outside = np.asarray(mask.convert("L").resize(size)) < 128
+    if not outside.any():
+        raise ValueError("the mask leaves nothing outside the edit")
+    return outside

@@ -24,7 +24,7 @@ from npedit_jax import atomic, pictures
 from npedit_jax.editor import Editor
 from npedit_jax.evaluation import viescore
 from npedit_jax.evaluation.cases import Case, digest, iterate
-from npedit_jax.evaluation.preservation import preservation
+from npedit_jax.evaluation.preservation import kept, preservation
 from npedit_jax.judge import Judge, Pair, successes
 
 FIGURES = ("done", "kept", "ssim", "psnr", "consistency", "quality", "overall")
@@ -154,8 +154,8 @@ def make(
       advance: called with the number of edits after each batch.
 
     Raises:
-      ValueError: a case whose picture does not read or whose instruction the editor or the judge does not take; it is
-        named.
+      ValueError: a case whose picture does not read, whose mask is all bright, or whose instruction the editor or the
+        judge does not take; it is named.
     """
     for case, image in iterate([case for case in cases if case.key in results]):
         results.check(case.key, digest(case, image))
@@ -168,15 +168,21 @@ def make(
         except ValueError as error:
             raise ValueError(f"case {case.key}: {error}") from error
     waiting: dict[tuple[int, ...], list[_Ready]] = {}
+    compiled = set()  # the shapes whose program for a whole batch there is
     for case, image in iterate(todo):
         pixels = editor.fit(image)
+        if case.mask:
+            _check_mask(case, size=pixels.shape[1::-1])
         group = waiting.setdefault(pixels.shape, [])
         group.append(_Ready(case, digest(case, image), image.size, pixels))
         if len(group) == batch:
             _make_batch(results, editor, judge, waiting.pop(pixels.shape), seed, batch, original_size)
+            compiled.add(pixels.shape)
             advance(batch)
-    for group in waiting.values():
-        _make_batch(results, editor, judge, group, seed, batch, original_size)
+    for shape, group in waiting.items():
+        # A few pictures of a rare shape are not filled up to a whole batch; a power of two bounds the programs.
+        size = batch if shape in compiled else min(batch, 1 << (len(group) - 1).bit_length())
+        _make_batch(results, editor, judge, group, seed, size, original_size)
         advance(len(group))
 
 
@@ -212,6 +218,14 @@ def _make_batch(
         row |= {"seed": seeds[number], "case": origin}
         row |= scores[number] | preservation(reference, edit, case.mask() if case.mask else None)
         results.add(row, pictures.resize(edit, size) if original_size else edit, reference)
+
+
+def _check_mask(case: Case, size: pictures.Size) -> None:
+    """Raises ValueError where a case's mask cannot be used; before its batch is edited, which would be lost."""
+    try:
+        kept(case.mask(), size)
+    except ValueError as error:
+        raise ValueError(f"case {case.key}: {error}") from error
 
 
 def _asked(judge: Judge, case: Case) -> Pair:

@@ -157,12 +157,14 @@ class Grader:
 
 
 def read_answers(file: epath.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The answers of a JSONL file that are whole; a line cut short by a crash is left out."""
+    """The answers of a JSONL file that are whole; any other line, as one cut short by a crash, is left out."""
     found = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
-            found[row["key"], row["kind"]] = row
+            given = row["grades"]
+            if given is None or (isinstance(given, list) and len([float(x) for x in given]) == 2):
+                found[row["key"], row["kind"]] = row
         except (ValueError, KeyError, TypeError):
             continue
     return found

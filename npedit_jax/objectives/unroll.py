@@ -10,6 +10,13 @@ from npedit_jax.objectives import flow
 SAMPLERS = ("fresh", "ddim")
 
 
+def check_times(times: Sequence[float], name: str) -> None:
+    """Raises ValueError, with the name of what has them, where the times do not fall from 1.0 and stay above 0."""
+    times = list(times)
+    if not times or times[0] != 1.0 or not times[-1] > 0.0 or sorted(set(times), reverse=True) != times:
+        raise ValueError(f"{name} must fall from 1.0 and stay above 0, found {tuple(times)}")
+
+
 def sample(
     velocity: Callable[[jax.Array, jax.Array], jax.Array],
     noise_BHWC: jax.Array,

@@ -62,9 +62,7 @@ class EditSettings:
     frozen: tuple[str, ...] = ("x_pad_token", "cap_pad_token")  # parameters of student and fake score left as they are
 
     def __post_init__(self) -> None:
-        times = tuple(self.times)
-        if not times or times[0] != 1.0 or times[-1] <= 0.0 or sorted(set(times), reverse=True) != list(times):
-            raise ValueError(f"step.times must fall from 1.0 and stay above 0, found {times}")
+        unroll.check_times(self.times, "step.times")
         if self.max_unroll not in (1, 2):
             raise ValueError(f"step.max_unroll must be 1 or 2, found {self.max_unroll}")
         for name, known in (("scorer_form", feedback.FORMS), ("dmd_normalizer", matching.NORMALIZERS)):

@@ -133,6 +133,13 @@ def test_dreambooth_takes_each_subjects_own_prompts(tmp_path):
         cases.dreambooth(tmp_path)
 
 
+def test_other_braces_in_a_prompt_are_words(tmp_path):
+    write_dreambooth(tmp_path)
+    file = tmp_path / "prompts_and_classes.txt"
+    file.write_text(file.read_text().replace("in a hat", "in a {2} {hat}"))
+    assert cases.dreambooth(tmp_path)[2].instruction == "a dog in a {2} {hat}"
+
+
 def test_folder_of_pictures(tmp_path):
     picture().save(tmp_path / "a.png")
     lines = [{"image": "a.png", "instruction": "make the circle red"}]

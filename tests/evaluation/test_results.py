@@ -10,7 +10,7 @@ from PIL import Image
 from skimage import data
 
 from npedit_jax import evaluate
-from npedit_jax.evaluation import comparison, results
+from npedit_jax.evaluation import cases, comparison, results
 from tests.evaluation.test_cases import write_dreambooth, write_gedit
 from tests.evaluation.vie_server import good, serving
 from tests.tiny_editor import write_run
@@ -211,6 +211,45 @@ def test_edits_of_different_cases_are_not_put_side_by_side(tmp_path):
     comparison.write(tmp_path / "page.html", [runs[0], runs[2]], "two")
     text = (tmp_path / "page.html").read_text()
     assert "the same" in text and "remove the cup" not in text and "make it blue" not in text
+    assert "1 more edits of a are of" in text and "1 more edits of c are of" in text
+    assert comparison.write(tmp_path / "page.html", runs[:1], "one", ["all/00002"]) == {"a": 0}
+    text = (tmp_path / "page.html").read_text()
+    assert "the same" in text and "remove the cup" not in text and "more edits" not in text
+
+
+class _Recorder:
+    """An editor that notes the sizes of its batches."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def check(self, instruction):
+        pass
+
+    def fit(self, image):
+        return np.asarray(image)
+
+    def edit_batch(self, images, instructions, seeds, *, batch_size):
+        self.sizes.append((images.shape[1], len(images), batch_size))
+        return images
+
+
+def test_a_few_pictures_of_a_rare_size_are_not_filled_up_to_a_batch(tmp_path):
+    heights = [8] * 5 + [9] * 3 + [10]
+    read = lambda height: lambda: Image.new("RGB", (8, height))  # noqa: E731
+    asked = [cases.Case(f"all/{n}", "all", "make it blue", read(height)) for n, height in enumerate(heights)]
+    editor = _Recorder()
+    results.make(results.Results(tmp_path / "a", {}), editor, None, asked, seed=0, batch=4, original_size=False)
+    assert editor.sizes == [(8, 4, 4), (8, 1, 4), (9, 3, 4), (10, 1, 1)]  # the second has a program already
+
+
+def test_a_mask_that_leaves_nothing_is_told_before_its_batch_is_edited(tmp_path):
+    picture = lambda: Image.new("RGB", (8, 8), "white")  # noqa: E731
+    asked = [cases.Case(f"all/{n}", "all", "make it blue", picture, mask=[None, picture][n]) for n in range(2)]
+    editor = _Recorder()
+    with pytest.raises(ValueError, match="case all/1: the mask leaves nothing"):
+        results.make(results.Results(tmp_path / "a", {}), editor, None, asked, seed=0, batch=4, original_size=False)
+    assert not editor.sizes
 
 
 def test_directory_that_holds_no_results_is_refused(tmp_path):

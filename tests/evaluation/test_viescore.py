@@ -125,3 +125,31 @@ def test_reading_of_grades(answer, expected):
 def test_any_answer_gives_grades_in_range_or_none(answer):
     found = viescore.grades(answer)
     assert found is None or (len(found) == 2 and all(0 <= x <= 10 for x in found))
+
+
+def test_what_a_model_refuses_is_left_out(tmp_path):
+    """As models do that reason before they answer: no temperature, and another name for the limit."""
+
+    def strict(number, content):
+        for name in ("max_tokens", "temperature"):
+            if name in server.requests[number - 1]:
+                return 400, {"message": f"Unsupported parameter: '{name}'", "param": name}
+        return good(number, content)
+
+    with serving(strict) as server:
+        grader = _grader(server, tmp_path, workers=1)
+        grader.ask(_questions(1))
+    assert viescore.scores(grader.answers(), "task/0")["quality"] == 8.0
+    assert not {"max_tokens", "temperature"} & server.requests[2].keys() and len(server.requests) == 6
+    with serving(lambda number, content: (400, {"message": "no such model", "param": "model"})) as server:
+        with pytest.raises(openai.BadRequestError, match="no such model"):
+            viescore.Grader(server.url, "x", "editing", tmp_path / "others.jsonl").ask(_questions(1))
+
+
+@pytest.mark.parametrize("grades", ["3", "[3]", '"89"', '["a", "b"]', "[[1], [2]]"])
+def test_a_line_with_no_grades_is_no_answer(tmp_path, grades):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(f'{{"key": "task/0", "kind": "quality", "model": "judge", "grades": {grades}}}\n')
+    assert not viescore.read_answers(file)
+    file.write_text('{"key": "task/0", "kind": "quality", "model": "judge", "grades": null}\n')
+    assert len(viescore.read_answers(file)) == 1

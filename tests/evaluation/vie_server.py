@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`reply` makes (status, answer) of the request's number and content; bytes are the whole body.
+    """`reply` makes (status, answer) of the request's number and content; bytes are the whole body, a dict an error.
 
     `requests` and `paths` are those that came.
     """
@@ -35,7 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": answer}
         body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
         body |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        whole = body if status == 200 else {"error": {"message": answer}}
+        whole = body if status == 200 else {"error": answer if isinstance(answer, dict) else {"message": answer}}
         data = answer if isinstance(answer, bytes) else json.dumps(whole).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
