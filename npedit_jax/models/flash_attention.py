@@ -23,8 +23,11 @@ def attention(
     On another machine than a TPU the kernel is interpreted, for tests.
 
     Args:
-      visible_BT: bool, True on keys that queries may look at, at least one of a sample; None is all.
+      visible_BT: bool, True on keys that queries may look at, at least one of a sample; None is all. Both axes may be
+        broadcast.
     """
+    if visible_BT is not None:
+        visible_BT = jnp.broadcast_to(visible_BT, k_BTGA.shape[:2])
     rows, heads = q_BSKA.shape[:2], q_BSKA.shape[2]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -48,9 +51,8 @@ def _attend(q_BSKA: jax.Array, k_BTGA: jax.Array, v_BTGA: jax.Array, visible_BT:
     sizes = (q_BKSA.shape[2], k_BGTA.shape[2])
     segments = None
     if visible_BT is not None or sizes[1] > keys:
-        visible_BT = (
-            jnp.ones((batch, keys), bool) if visible_BT is None else jnp.broadcast_to(visible_BT, (batch, keys))
-        )
+        if visible_BT is None:
+            visible_BT = jnp.ones((batch, keys), bool)
         # Every query is of segment 1, and so are the keys that it may look at.
         key_segments = jnp.pad(visible_BT.astype(jnp.int32), ((0, 0), (0, sizes[1] - keys)))
         segments = splash.SegmentIds(jnp.ones((batch, sizes[0]), jnp.int32), key_segments)

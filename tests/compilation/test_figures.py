@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import tpu_compile as benchmark
+from npedit_jax.models import layers
 
 LAYER = 3840 * 10240 * 2  # bytes of the largest matrix of a Z-Image layer in bfloat16
 SCORER_LAYER = 5120 * 13824 * 2  # of InternVL3-14B's language model
@@ -40,12 +41,25 @@ def test_results_are_of_all_cases_and_their_programs(results):
         pytest.skip(f"figures still to be made by benchmarks/tpu_compile.py: {missing}")
 
 
+def test_the_chosen_remat_is_the_fastest_that_fits(results):
+    """Of the policy that keeps the next thing more each program is too large, or no faster."""
+    assert set(benchmark.POLICIES) == {"none", *layers.REMAT_POLICIES}
+    chosen = {(case.config, case.place): reports for case, reports in benchmark.of_kind(results, "run")}
+    for case, reports in benchmark.of_kind(results, "remat"):
+        for name, report in reports.items():
+            (other,) = report["programs"].values() if report["programs"] else (None,)
+            if other is None or other["peak"] > 0.85 * report["memory"]:
+                continue
+            ours = chosen[case.config, case.place][name]["programs"][name]
+            assert benchmark.bound(other) >= 0.995 * benchmark.bound(ours), (case.name, name)
+
+
 def test_each_chip_of_the_scaling_table_has_several_sizes():
     chip = lambda case: (case.config, case.topology.partition(":")[0])  # noqa: E731
     compared = {chip(case) for case in benchmark.CASES if case.kind == "scaling"}
     sizes = {key: set() for key in compared}
     for case in benchmark.CASES:
-        if case.kind in ("run", "scaling") and chip(case) in compared and "fake_score/2" in case.programs:
+        if case.kind in ("run", "scaling") and chip(case) in compared and set(benchmark.SCALED) <= set(case.programs):
             sizes[chip(case)].add((case.topology, case.slices))
     assert compared and all(len(found) >= 2 for found in sizes.values()), sizes
 
@@ -72,11 +86,12 @@ def test_little_is_computed_twice(results):
 def test_more_chips_need_no_more_memory(results):
     temporaries = {}
     for case, reports in benchmark.of_kind(results, "run", "scaling"):
-        if case.config == "npedit" and case.slices == 1 and "fake_score/2" in reports:
-            chip = case.topology.partition(":")[0]
-            temporaries.setdefault(chip, []).append(reports["fake_score/2"]["programs"]["fake_score/2"]["temporaries"])
-    for chip, found in temporaries.items():
-        assert max(found) <= 1.05 * min(found), (chip, found)
+        for name in benchmark.SCALED if case.config == "npedit" and case.slices == 1 else ():
+            if name in reports:
+                key = (case.topology.partition(":")[0], name)
+                temporaries.setdefault(key, []).append(reports[name]["programs"][name]["temporaries"])
+    for key, found in temporaries.items():
+        assert max(found) <= 1.05 * min(found), (key, found)
 
 
 def test_v5p_is_bound_by_its_products_and_the_denoiser_alone_is_small(results):

@@ -93,6 +93,8 @@ with jax.set_mesh(mesh):
 # One sample a device, padded to 1536 tokens: two products forward, three and four backward.
 assert found.flops == 2 * (2 + 3 + 4) * 2 * 1536**2 * 128, found.flops / (2 * 2 * 1536**2 * 128)
 assert not found.collectives
+with jax.set_mesh(mesh):  # a mask that is the same for all samples
+    jax.jit(lambda q, k, v: attend(q, k, v, jnp.ones((1, 1, 1, 1500), bool))).lower(x, x, x).compile()
 """)
 
 
