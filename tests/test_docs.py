@@ -16,12 +16,14 @@ import sys
 
 import numpy as np
 import pytest
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 from PIL import Image
 from skimage import data
 
 import npedit_jax
 from npedit_jax import demo, export
+from npedit_jax.training import stages
 from tests.data import record_sets
 from tests.evaluation.test_cases import write_dreambooth, write_gedit
 from tests.evaluation.vie_server import good, serving
@@ -30,7 +32,10 @@ from tests.tiny_editor import write_run
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Entry points that run here as the page says; of the others the options are looked up.
-RUN = ("edit", "evaluate", "export", "demo", "convert", "data.prepare", "data.select", "data.report", "pytorch.edit")
+RUN = (
+    "edit", "evaluate", "export", "demo", "convert", "data.prepare", "data.select", "data.report", "data.instructions",
+    "pytorch.edit",
+)  # fmt: skip
 NEEDS = {"data.prepare": "apache_beam"}
 # What a page's line may begin with, apart from variables, and is then one of these checked kinds of commands.
 SHELL = ("python", "python3", "pip", ".venv/bin/pip", "bash", "git", "vllm", "export")
@@ -66,6 +71,10 @@ def sandbox(tmp_path_factory):
     for place in ("Z-Image", "weights/Z-Image"):
         export.export(folder / "run", folder / place, frozen=True)
     record_sets.write(folder / "DIR", record_sets.photograph_records(6))
+    bare = record_sets.photograph_records(3)
+    for number in range(len(bare)):
+        record_sets.changed(bare, number, instruction="", edited_caption="", input_caption="", edit_type="", object="")
+    record_sets.write(folder / "records" / "edits" / "photos" / "1.0.0", bare)
     (folder / "IMAGES").mkdir()
     photograph.save(folder / "IMAGES" / "photo.jpg")
     item = {"input_image_path": "photo.jpg", "edit_instruction": "remove it", "edit_type": "remove", "id": "0"}
@@ -107,7 +116,7 @@ def test_commands_of_a_page_run_in_their_order(page, sandbox, monkeypatch):
     monkeypatch.chdir(sandbox)
     served = []
     monkeypatch.setattr(demo, "serve", lambda page, host, port, auth: served.append((page, host)))
-    with serving(good) as server:
+    with serving(_answer) as server:
         for words in filter(_runs, commands(page)):
             arguments = [_here(word, server.url) for word in words[1:]]
             output = arguments[arguments.index("--output") + 1] if "--output" in arguments else None
@@ -130,11 +139,21 @@ def test_other_commands_name_what_exists(page, words):
         _check_config(words[1:])
     if words[0] == "npedit_jax.train":  # its options are those of its config, and --workdir
         assert any(word.startswith("--workdir") for word in words)
+        stages.check(_config_of(words[1:]))
         return
     shown = _help(words[0])
     for word in words[1:]:
         if word.startswith("--") and not word.startswith("--config."):
             assert word.split("=")[0] in shown, f"{page.name}: {words[0]} has no option {word}"
+
+
+ANSWER = dict(input_caption="a woman", object="the flag", instruction="Remove the flag.", edited_caption="a woman")
+
+
+def _answer(number, content):
+    """As a model that grades edits, and one that writes instructions where it is not asked for grades."""
+    asked = " ".join(part.get("text", "") for part in content) if isinstance(content, list) else content
+    return good(number, content) if '"score"' in asked else (200, json.dumps(ANSWER))
 
 
 @functools.cache
@@ -175,6 +194,43 @@ def _check_config(words: list[str]) -> None:
     for name in pairs:
         if name.startswith("config."):
             config_flags.config_path.get_value(name.removeprefix("config."), config)
+
+
+def _config_of(words: list[str]) -> ConfigDict:
+    """The config that the command's flags come to, parsed as the command does."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", *words])  # where the library looks for changed fields
+        patch.syspath_prepend(str(ROOT))
+        values(["train", *words])
+        return values.config
+
+
+def test_batches_are_shown_as_the_page_says(sandbox):
+    (words,) = (words for page, words in ALL if page.name == "data.md" and words[0] == "npedit_jax.data.inspect")
+    words = [word.replace("configs/zimage/npedit.py", "configs/easyvqa/npedit.py") for word in words[1:]]
+    words = [word for word in words if not word.startswith("--config.")]  # the small experiment reads no records
+    command = [sys.executable, "-m", "npedit_jax.data.inspect", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    (sandbox / "configs").exists() or (sandbox / "configs").symlink_to(ROOT / "configs")
+    subprocess.run(command, cwd=sandbox, env=environment, check=True, capture_output=True)
+    assert "make the" in (sandbox / "page.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [words for _, words in ALL if words[0] == "npedit_jax.train" and "easyvqa" in words[2]]
+)
+def test_training_begins_as_the_page_says(words, sandbox):
+    """A step of each stage of the small experiment, with its own networks."""
+    short = ["--config.steps=1", "--config.batch_size=2", "--config.log.preview_every=1000"]
+    (sandbox / "configs").exists() or (sandbox / "configs").symlink_to(ROOT / "configs")
+    words = [word.replace("runs/", "begun/") for word in words]
+    command = [sys.executable, "-m", *words, *short]
+    subprocess.run(command, cwd=sandbox, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert (sandbox / words[words.index("--workdir") + 1] / "checkpoints" / "1").is_dir()
 
 
 def test_python_of_the_pages_runs(sandbox, monkeypatch):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from npedit_jax import flops
 from npedit_jax.chips import Chip
-from npedit_jax.compilation import hlo
+from npedit_jax.compilation import hlo, hlo_text
 from npedit_jax.compilation.programs import Compilable, programs, shard_bytes
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def compile_run(
         except jax.errors.JaxRuntimeError as error:
             failures.append(f"{name} does not compile: {_first_lines(str(error))}")
             continue
-        except hlo.Unreadable as error:
+        except hlo_text.Unreadable as error:
             failures.append(f"{name} compiles, and may fit: {_first_lines(str(error))}")
             continue
         if reports[name].peak > LIMIT * chip.memory:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from npedit_jax import chips, flops
-from npedit_jax.compilation import hlo, report
+from npedit_jax.compilation import collectives, hlo, hlo_text, report
 from npedit_jax.models import positions
 from npedit_jax.models.denoiser import Denoiser
 from npedit_jax.training import networks
@@ -82,7 +82,7 @@ def test_a_loop_whose_first_round_stands_before_it_is_one_shorter():
     )
     (gather,) = hlo.Program(peeled).work({"data": 1, "fsdp": 8, "tensor": 1}).collectives
     assert gather.times == 3  # 1, 3, 5
-    with pytest.raises(hlo.Unreadable, match="no known trip count"):
+    with pytest.raises(hlo_text.Unreadable, match="no known trip count"):
         hlo.Program(TPU.replace("tuple(%start, %a, %b)", "tuple(%b, %a, %b)")).work({"data": 1, "fsdp": 8, "tensor": 1})
 
 
@@ -177,7 +177,7 @@ def test_what_runs_beside_the_computation_counts_what_it_reads_and_writes(instru
     [("s8", 8), ("s32", 32), ("u4", 4), ("bf16", 16), ("f8e4m3fn", 8), ("pred", 8), ("c64", 64), ("token", 0)],
 )
 def test_sizes_of_elements(dtype, bits):
-    assert hlo.Array(dtype, (16,), "").bytes == 16 * bits // 8
+    assert hlo_text.Array(dtype, (16,), "").bytes == 16 * bits // 8
 
 
 def test_a_loop_without_an_end_is_an_error():
@@ -200,13 +200,13 @@ def test_a_loop_without_an_end_is_an_error():
     ],
 )
 def test_groups_of_devices_are_read(attributes, devices, groups):
-    assert hlo._groups(attributes, devices) == groups
+    assert collectives.groups_of(attributes, devices) == groups
 
 
 def test_axes_are_those_along_which_a_group_differs():
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    assert hlo._axes([[0, 2], [1, 3]], mesh) == ("fsdp",)
-    assert hlo._axes([[0, 4, 1, 5]], mesh) == ("data", "tensor")
+    assert collectives.axes_of([[0, 2], [1, 3]], mesh) == ("fsdp",)
+    assert collectives.axes_of([[0, 4, 1, 5]], mesh) == ("data", "tensor")
 
 
 def compiled(function, *shapes):
