@@ -217,7 +217,7 @@ def main() -> int:
     except (FileExistsError, FileNotFoundError, ImportError, ValueError, TooManyRejected) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
-    told = {key: written.manifest[key] for key in ("count", "kept", "left_out", "rejected")}
+    told = {key: written.manifest[key] for key in ("count", "kept", "left_out", "unmapped", "rejected")}
     print(f"{written.directory}: {json.dumps(told)}")
     return 0
 

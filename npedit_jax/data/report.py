@@ -40,6 +40,14 @@ _BODY = """
 <tr><td>{{ name }} (never became a record)</td><td>{{ count }}</td></tr>
 {% endfor %}
 </table></div>
+{% if manifest.unmapped %}
+<h2>Edit types that we have no name for</h2>
+<div class="scroll"><table>
+<tr><th>edit type</th><th>records</th></tr>
+{% for name, count in manifest.unmapped.items() %}<tr><td>{{ name }}</td><td>{{ count }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
 {% for name, samples in groups %}
 <h2>{{ name }}</h2>
 <div class="pictures">
@@ -79,7 +87,7 @@ def write(
         output,
         f"Records of {found.manifest.get('name', found.directory.name)}",
         _BODY,
-        manifest={"rejected": {}} | found.manifest,
+        manifest={"rejected": {}, "unmapped": {}} | found.manifest,
         bytes=sum(shard["bytes"] for shard in found.manifest["shards"]),
         pictures_used=len(np.unique(used["image"])),
         buckets=buckets,

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,20 @@ def save(directory: epath.PathLike, manifest: Mapping[str, Any], index: np.ndarr
     if filters.duplicates:  # of what is left, so that one of several that are alike is used
         kept = np.flatnonzero(rows["left_out"] == KEPT)
         rows["left_out"][kept[repeated(rows["content"][kept])]] = 1 + REASONS.index("duplicate")
-    save_index(directory, {**manifest, "filters": dataclasses.asdict(filters)}, rows, REASONS)
+    facts = {"filters": dataclasses.asdict(filters), "unmapped": unmapped(manifest["edit_types"], rows["edit_type"])}
+    save_index(directory, {**manifest, **facts}, rows, REASONS)
+
+
+def unmapped(names: Sequence[str], numbers: np.ndarray) -> dict[str, int]:
+    """Records of each edit type that is none of ours, most first: what a mapping in `edit_types` would win.
+
+    Args:
+      names: of the set's edit types.
+      numbers: for each record that of its type.
+    """
+    counts = zip(names, np.bincount(numbers, minlength=len(names)).tolist(), strict=True)
+    others = [(name, count) for name, count in counts if count and name not in edit_types.EDIT_TYPES]
+    return {name or "(none)": count for name, count in sorted(others, key=lambda item: -item[1])}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +132,9 @@ def main() -> int:
     except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"select: {error}", file=sys.stderr)
         return 1
-    print(f"{arguments.records}: {Records(arguments.records).manifest['kept']} kept, left out {json.dumps(left_out)}")
+    manifest = Records(arguments.records).manifest
+    others = f", edit types without a name of ours: {json.dumps(manifest['unmapped'])}" if manifest["unmapped"] else ""
+    print(f"{arguments.records}: {manifest['kept']} kept, left out {json.dumps(left_out)}{others}")
     return 0
 
 

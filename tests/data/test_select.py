@@ -6,8 +6,9 @@ import resource
 import subprocess
 import sys
 
-from npedit_jax.data import records, select
+from npedit_jax.data import records, report, select
 from npedit_jax.data.select import Filters
+from tests.data import record_sets
 from tests.data.test_records import record
 
 
@@ -42,6 +43,7 @@ def test_of_records_that_are_alike_one_that_passes_the_rest_is_used(tmp_path):
     records.write(tmp_path, "cats", alike)
     left_out = select.apply(tmp_path, Filters())
     assert left_out == dict.fromkeys(select.REASONS, 0) | {"unmapped_edit_type": 1, "duplicate": 1}
+    assert list(records.Records(tmp_path).manifest["unmapped"].values()) == [1]
     found = records.Records(tmp_path)
     assert [found[number].id for number in found.kept()] == ["first"]
 
@@ -71,3 +73,14 @@ def test_command(tmp_path):
     assert "1 kept" in result.stdout and '"small_image": 1' in result.stdout
     result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stderr.startswith("select: no records in")
+
+
+def test_edit_types_that_are_none_of_ours_are_counted_by_name(tmp_path, capsys, monkeypatch):
+    found = record_sets.photograph_records(9, edit_types=("zoom_in", "remove", ""))
+    record_sets.write(tmp_path / "set", found + record_sets.photograph_records(2, edit_types=("zoom_in",)))
+    monkeypatch.setattr("sys.argv", ["select", "--records", str(tmp_path / "set"), "--min-side", "1"])
+    assert select.main() == 0
+    assert records.Records(tmp_path / "set").manifest["unmapped"] == {"zoom_in": 5, "(none)": 3}
+    assert '{"zoom_in": 5, "(none)": 3}' in capsys.readouterr().out
+    report.write(records.Records(tmp_path / "set"), tmp_path / "page.html")
+    assert "<td>zoom_in</td><td>5</td>" in (tmp_path / "page.html").read_text()
