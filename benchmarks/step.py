@@ -25,7 +25,8 @@ from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws,
 
 LATENTS, PIXELS = (1, 64, 64, 16), (1, 512, 512, 3)
 TEXT_WIDTH = 256
-TEXTS = {"instruction": (90, 96), "caption": (100, 128), "negative": (40, 128)}  # tokens, padded length
+# Tokens and padded length. The negative text of 40, for which 64 would do, shares its batch with the caption.
+TEXTS = {"instruction": (90, 96), "caption": (100, 128), "negative": (40, 128)}
 IMAGE_TOKENS = 256
 EDIT_QUESTION, IDENTITY_QUESTION = 924, 743  # tokens
 SHARED = 540  # of both questions: two images and the words around them

@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 
 from npedit_jax.data.buckets import BUCKETS
 
-TIMES = (1.0, 0.9474, 0.8571, 0.6667)  # the release's, Z-Image's shift of 6; the paper: (1.0, 0.75, 0.5, 0.25)
+# The release's: the paper's (1.0, 0.75, 0.5, 0.25) under Z-Image's time shift of 6, which the warm-up has as well.
+TIMES = (1.0, 0.9474, 0.8571, 0.6667)
 # Of each host: processes that decode and tokenize, threads and ready batches in each, the share of bad records that
 # ends the run.
 READING = dict(workers=16, threads=1, buffer=1, max_bad_share=0.01)
@@ -42,8 +43,8 @@ def get_config() -> ConfigDict:
     config.stage = "npedit"
     config.seed = 0
     config.steps = 10_000  # a budget of ours for this batch size; the release: 14,000
-    config.batch_size = 64  # over all chips, one each on a v5p:4x4x4; the release: 1 per device
-    config.fake_updates = 5  # per student update, the release's; the paper: 10
+    config.batch_size = 64  # over all chips, one each on a v5p:4x4x4, as many samples as fit; the release: 1 per device
+    config.fake_updates = 5  # per student update, the release's; the paper: 10, at nearly twice the time of a step
     config.separate_steps = True  # a program per update and length: each compiles in minutes and needs less memory
     config.cpu_devices = 1
 
@@ -81,7 +82,7 @@ def get_config() -> ConfigDict:
             temperature_steps=2000,
             scorer_clip=False,  # options of ours that are off, this and the next
             scorer_noise=0.0,
-            ema=0.999,  # the release configures it and keeps none
+            ema=0.999,  # less in the first 9,000 steps, (1 + step) / (10 + step); the release configures it, keeps none
             skip_norm=300.0,
             accumulate=1,  # parts of a batch, one after the other: a larger batch in the same memory
         )
@@ -100,7 +101,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(times=config.step.get_ref("times"), sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=16, tensor=1))  # docs/pods.md: which sizes for which pod
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
-    config.checkpoint = ConfigDict(dict(every=250, keep=3))  # the release: every 1,000 steps
+    config.checkpoint = ConfigDict(dict(every=250, keep=3))  # what a spot slice loses at most; the release: 1,000
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
     config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))

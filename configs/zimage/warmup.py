@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.stage = "warmup"
     config.seed = 0
     config.steps = 5000  # the release's, as all that says nothing else
-    config.batch_size = 64  # over all chips; the release: 2 per device
+    config.batch_size = 64  # over all chips, one each on a v5p:4x4x4; the release: 2 per device
     config.cpu_devices = 1
 
     config.networks = ConfigDict()
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     )
     config.step = ConfigDict(
         dict(
-            ema=0.999,  # the release keeps none
+            ema=0.999,  # less at first, (1 + step) / (10 + step); the release keeps none
             skip_norm=100.0,
             skip_from=1000,
             accumulate=1,  # parts of a batch, one after the other: a larger batch in the same memory
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(dict(times=npedit.TIMES, sampler="ddim", eta=1.0))
     config.mesh = ConfigDict(dict(data=-1, fsdp=16, tensor=1))
     config.offload = ()  # "optimizer" or names of frozen networks: in the hosts' memory between the updates
-    config.checkpoint = ConfigDict(dict(every=250, keep=3))  # the release: every 500 steps
+    config.checkpoint = ConfigDict(dict(every=250, keep=3))  # what a spot slice loses at most; the release: 500
     config.guard = ConfigDict(dict(skipped_share=0.2, window=100, data_seconds=600.0))
     # wandb_project: of Weights & Biases, "" for none; profile_steps: first and last step of a jax.profiler trace.
     config.log = ConfigDict(dict(every=10, preview_every=250, wandb_project="", profile_steps=()))

@@ -11,7 +11,8 @@ EDIT_TYPES = (
 DO_NOTHING = ("do nothing.", "change nothing.", "keep the image as it is.")  # instructions of NOTHING
 
 # By the part of a name before its parenthesis, in lower case. Left out on purpose: edits of the canvas (zoom,
-# outpainting) and several edits in one, of which no question about one edit can be asked.
+# outpainting), several edits in one, of which no question about one edit can be asked, and names that stand for several
+# kinds of edit ("add/remove/replace accessories", "clothing edit").
 PICO_BANANA: Mapping[str, str] = {
     "add a new object to the scene": "insertion",
     "remove an existing object": "remove",
@@ -34,8 +35,6 @@ PICO_BANANA: Mapping[str, str] = {
     "change font style or color of visible text": "text",
     "change font style or color of visible text if there is text": "text",
     "translate written text into other languages": "text",
-    "add/remove/replace accessories": "insertion",
-    "clothing edit": "local_color_change",
     "pose tweak": "action",
     "modify expressions": "action",
     "change age / gender": "shape_change",
