@@ -134,6 +134,19 @@ def test_a_hangup_saves_unless_it_is_ignored(tmp_path):
     assert run.wait() == 128 + signal.SIGTERM
 
 
+def test_a_restart_finds_its_programs_compiled(tmp_path):
+    """Of all sizes: the tests' settings keep also what compiles at once."""
+    workdir, found = tmp_path / "run", []
+    for _ in range(2):
+        aim = reached(workdir) + 2
+        run = Training(workdir, "--config.steps=1000000")
+        run.wait_for(lambda aim=aim: reached(workdir) >= aim)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 128 + signal.SIGTERM
+        found.append({path.name for path in (workdir / "compiled").glob("*-cache")})
+    assert len(found[0]) > 3 and found[1] <= found[0]
+
+
 def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
     run = Training(tmp_path / "run")
     run.wait_for(lambda: (tmp_path / "run" / "config.json").exists())
