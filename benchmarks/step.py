@@ -5,6 +5,8 @@ batch 1, random weights. Encoding the reference, the text encoder and the optimi
 seconds, the FLOPs of matrix products and convolutions that it needs, their share of the measured peak of a matrix
 product, what it executes beyond them (recomputation), and the memory of its temporaries; `--parts` also times the
 pieces by themselves, `--trace DIR` writes a profile.
+
+`--size card --dtype bfloat16` is a larger one that fills a GPU, with `--implementation cudnn` for its flash kernel.
 """
 
 import argparse
@@ -19,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from npedit_jax import flops, weights
+from npedit_jax import chips, flops, weights
 from npedit_jax.training import edit_losses, networks
 from npedit_jax.training.edit_losses import Conditions, EditSettings, LossDraws, StudentDraws
+from npedit_jax.weights import published
 
 LATENTS, PIXELS = (1, 64, 64, 16), (1, 512, 512, 3)
 TEXT_WIDTH = 256
@@ -75,12 +78,15 @@ SCORER = dict(
     ),
     npedit=dict(answer_ids=[1, 2]),
 )
-KINDS = {
-    "student": ("zimage", DENOISER),
-    "fake_score": ("zimage", DENOISER),
-    "real_score": ("zimage", DENOISER),
-    "autoencoder": ("autoencoder", AUTOENCODER),
-    "scorer": ("internvl", SCORER),
+# For one card: heads as wide as those of Z-Image, its autoencoder, and InternVL3-1B with a short vocabulary.
+LARGE_DENOISER = DENOISER | dict(dim=1536, n_layers=12, n_heads=12, axes_dims=[32, 48, 48])
+LARGE_SCORER = published.ARCHITECTURES["InternVL3-1B"]
+LARGE_SCORER = LARGE_SCORER | dict(
+    llm_config=LARGE_SCORER["llm_config"] | dict(vocab_size=304), npedit=SCORER["npedit"]
+)
+SIZES = {
+    "release": (DENOISER, AUTOENCODER, SCORER),  # the work that the release was timed on
+    "card": (LARGE_DENOISER, published.AUTOENCODER, LARGE_SCORER),
 }
 SETTINGS = EditSettings(times=(1.0, 0.9474, 0.8571, 0.6667))
 RNG = np.random.default_rng(0)
@@ -91,15 +97,24 @@ def noise(*shape: int, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(scale * RNG.normal(size=shape), jnp.float32)
 
 
-def build(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Modules, and random parameters that keep activations finite."""
+def build(size: str, dtype: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Modules, and random parameters that keep activations finite.
+
+    Args:
+      size: a key of SIZES.
+      dtype: of computations and parameters, but for the autoencoder's, which stay in float32.
+    """
+    denoiser, autoencoder, scorer = SIZES[size]
+    kinds = {name: ("zimage", denoiser) for name in ("student", "fake_score", "real_score")}
+    kinds |= {"autoencoder": ("autoencoder", autoencoder), "scorer": ("internvl", scorer)}
     modules = {}
-    for name, (kind, config) in KINDS.items():
-        chosen = {key: value for key, value in options.items() if (key, kind) != ("implementation", "autoencoder")}
-        modules[name] = weights.build(kind, config, **chosen)
-    shapes = {name: networks.shapes(KINDS[name][0], module) for name, module in modules.items()}
-    draw = lambda x: noise(*x.shape, scale=1.0 / math.sqrt(max(1, math.prod(x.shape[-2:-1]))))  # noqa: E731
-    return modules, jax.tree.map(draw, shapes)
+    for name, (kind, config) in kinds.items():
+        own = dict(dtype=dtype, param_dtype=dtype, implementation=options["implementation"])
+        rest = {"remat": options["remat"]} | ({} if kind == "autoencoder" else own)
+        modules[name] = weights.build(kind, config, **rest)
+    shapes = {name: networks.shapes(kinds[name][0], module) for name, module in modules.items()}
+    scale = lambda x: 1.0 / math.sqrt(max(1, math.prod(x.shape[-2:-1])))  # noqa: E731
+    return modules, jax.tree.map(lambda x: noise(*x.shape, scale=scale(x)).astype(x.dtype), shapes)
 
 
 def conditions() -> Conditions:
@@ -203,9 +218,9 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def peak(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a large float32 matrix product here."""
-    a = noise(size, size)
+def peak(dtype: Any, size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a large matrix product here."""
+    a = noise(size, size).astype(dtype)
     product = jax.jit(lambda a: a @ a)
     return 2.0 * size**3 / seconds(lambda: product(a), repeats)
 
@@ -233,14 +248,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls per program")
     parser.add_argument("--remat", default="none", help="remat policy of all networks")
     parser.add_argument("--implementation", default="xla", help="of attention")
+    parser.add_argument("--size", default="release", choices=SIZES, help="of the networks")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of all but the autoencoder"
+    )
     parser.add_argument("--unpacked", action="store_true", help="a row for each question")
     parser.add_argument("--parts", action="store_true", help="also the pieces by themselves")
     parser.add_argument("--only", default="", help="programs whose name holds this")
     parser.add_argument("--trace", help="directory for a jax.profiler trace of the timed calls")
     arguments = parser.parse_args()
-    modules, params = build({"remat": arguments.remat, "implementation": arguments.implementation})
-    best = peak()
-    print(f"{jax.devices()[0].device_kind}, float32, batch 1; matrix products peak at {best / 1e9:.0f} GFLOP/s")
+    device, dtype = jax.devices()[0], jnp.dtype(arguments.dtype)
+    options = {"remat": arguments.remat, "implementation": arguments.implementation}
+    modules, params = build(arguments.size, dtype, options)
+    published_peak = chips.peak_flops(device) if dtype == jnp.bfloat16 else None
+    best = published_peak or peak(dtype, 2048 if device.platform == "cpu" else 8192)
+    told = "published" if published_peak else "measured"
+    print(f"{device.device_kind}, {dtype}, batch 1; {told} peak of matrix products {best / 1e9:.0f} GFLOP/s")
     plain = {name: flops.plain(module) for name, module in modules.items()}
     chosen, needed = (
         programs(some, not arguments.unpacked) | (parts(some, not arguments.unpacked) if arguments.parts else {})
@@ -255,6 +278,8 @@ def main() -> None:
     if arguments.trace:
         jax.profiler.stop_trace()
     print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    if on_device := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+        print(f"peak memory of the device {on_device / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

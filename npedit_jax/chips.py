@@ -75,9 +75,12 @@ def devices_of(topology: str, slices: int = 1) -> Sequence[jax.Device]:
 
 # What jax calls a device, in lower case, by the start of its name; of "TPU v5p" and "TPU v5" both are v5p.
 KINDS = {"tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v6": "v6e", "tpu7x": "tpu7x", "tpu v5": "v5p"}
+# Dense bfloat16 FLOP/s of NVIDIA's data sheets, of the SXM cards.
+GPUS = {"nvidia a100": 312e12, "nvidia h100 pcie": 756e12, "nvidia h100": 989e12, "nvidia h200": 989e12}
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Published bfloat16 FLOP/s of a device; None of one that is not in the table."""
+    """Published bfloat16 FLOP/s of a device; None of one that is not in the tables."""
     kind = device.device_kind.lower()
-    return next((CHIPS[name].flops for start, name in KINDS.items() if kind.startswith(start)), None)
+    peaks = {start: CHIPS[name].flops for start, name in KINDS.items()} | GPUS
+    return next((peak for start, peak in peaks.items() if kind.startswith(start)), None)

@@ -94,4 +94,5 @@ def test_kinds_of_devices_have_the_peaks_of_their_chips():
     assert peak("TPU v5 lite") == chips.CHIPS["v5e"].flops
     assert peak("TPU v5") == peak("TPU v5p") == chips.CHIPS["v5p"].flops
     assert peak("TPU v6 lite") == chips.CHIPS["v6e"].flops
+    assert peak("NVIDIA H200") == peak("NVIDIA H100 80GB HBM3") > peak("NVIDIA H100 PCIe")
     assert peak("cpu") is None

@@ -214,7 +214,7 @@ def test_every_public_name_maps_to_a_type_of_ours():
     assert set(edit_types.PICO_BANANA.values()) | set(edit_types.GPT_IMAGE_EDIT.values()) <= set(edit_types.EDIT_TYPES)
     assert edit_types.from_pico_banana("Change an object’s attribute (e.g., color/material)") == "local_color_change"
     assert edit_types.from_pico_banana("Add new (handwritten/printed/etc) text") == "text"
-    assert edit_types.from_pico_banana("Clothing edit (change color/outfit)") not in edit_types.EDIT_TYPES  # which of two
+    assert edit_types.from_pico_banana("Clothing edit (change color/outfit)") not in edit_types.EDIT_TYPES
     assert edit_types.plain("Shape-Change ") == "shape_change"
 
 
