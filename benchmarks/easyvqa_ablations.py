@@ -3,8 +3,8 @@
 Every row is a run of `npedit_jax.train` with the same number of student updates at the same batch size, evaluated on
 the test images. The figures of finished runs are gathered in benchmarks/easyvqa_ablations.json: those runs are skipped,
 and a run that was stopped goes on where it was, so the script can be stopped at any time and started again. Two of it
-side by side, each with rows of its own, get more out of two cores than one. `--write` makes the table and the plot of
-docs/ablations.md from the figures.
+side by side, each with rows of its own, get more out of two cores than one. Table and plot of docs/ablations.md are
+made from the figures at the end; `--write` does that alone.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def train_and_score(name: str, seed: int, steps: int, output: pathlib.Path) -> S
 
 
 class Figures:
-    """The figures of the finished runs in a file: of one set of shipped weights and one number of updates."""
+    """The figures of the finished runs in a file: of one set of shipped weights, one config, one number of updates."""
 
     def __init__(self, path: pathlib.Path, made_with: Mapping[str, object]):
         """Raises: ValueError where the file's figures were made with something else."""
@@ -162,6 +162,16 @@ def digest(folder: pathlib.Path) -> str:
     return found.hexdigest()[:16]
 
 
+def config_digest() -> str:
+    """Tells the configs of the full method and of the upper bound from later ones, apart from updates and seed."""
+    found = hashlib.sha256()
+    for name in ("npedit", "supervised"):
+        config = runpy.run_path(str(ROOT / "configs" / "easyvqa" / f"{name}.py"))["get_config"]()
+        fields = {key: value for key, value in json.loads(config.to_json()).items() if key not in ("steps", "seed")}
+        found.update(json.dumps(fields, sort_keys=True).encode())
+    return found.hexdigest()[:16]
+
+
 def cell(values: Sequence[float], digits: int = 1) -> str:
     """The mean over seeds, with the range where there are several."""
     text = f"{statistics.mean(values):.{digits}f}"
@@ -199,7 +209,7 @@ def plot(results: Mapping[str, Sequence[Summary]], path: pathlib.Path) -> None:
 def write(results: Mapping[str, Sequence[Summary]]) -> None:
     """Puts table and plot into docs/ablations.md, between its marks; what is written around them stays."""
     begin, end = "<!-- table: benchmarks/easyvqa_ablations.py --write -->", "<!-- end of the table -->"
-    text = PAGE.read_text()
+    text = PAGE.read_text() if PAGE.exists() else f"# What each part is worth\n\n{begin}\n{end}\n"
     before, after = text.split(begin)[0], text.split(end)[1]
     plot(results, PLOT)
     PAGE.write_text(f"{before}{begin}\n{table(results)}\n\n![What each part is worth]({PLOT.name})\n{end}{after}")
@@ -222,15 +232,14 @@ def main() -> None:
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"unknown rows {unknown}; choose of {list(ROWS)}")
     try:
-        figures = Figures(FIGURES, {"steps": steps, "weights": digest(WEIGHTS)})
+        figures = Figures(FIGURES, {"steps": steps, "weights": digest(WEIGHTS), "config": config_digest()})
     except ValueError as error:
         parser.error(str(error))
     if not arguments.write:
         for name, seed in in_rounds(names):
             if not figures.has(name, seed):
                 figures.add(name, seed, train_and_score(name, seed, steps, arguments.output.absolute()))
-    if arguments.write:
-        write(figures.rows())
+    write(figures.rows())
     print(table(figures.rows()))
 
 

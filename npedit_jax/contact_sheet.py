@@ -18,14 +18,18 @@ class Cell(NamedTuple):
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Cell]]], abreast: int = 1) -> Image.Image:
-    """Draws rows of (title, cells), so many of them side by side; pictures of one sheet are scaled alike."""
+    """Draws rows of (title, cells), so many of them side by side; pictures of one sheet are scaled alike.
+
+    Where no row has a title no room is left for any.
+    """
     pictures = [cell.image for _, cells in rows for cell in cells]
     longest = max(max(image.size) for image in pictures)
     scale = LARGEST / longest if longest > LARGEST else max(1, SMALLEST // min(min(image.size) for image in pictures))
     sizes = [(round(image.width * scale), round(image.height * scale)) for image in pictures]
     width, height = (max(sides) for sides in zip(*sizes, strict=True))
     title, text = ImageFont.load_default(18), ImageFont.load_default(14)
-    gap, title_height, line = 16, 34, 19
+    gap, line = 16, 19
+    title_height = 34 if any(heading for heading, _ in rows) else 0
     captions = line * max(len(cell.lines) for _, cells in rows for cell in cells)
     row_height = title_height + height + captions + gap
     row_width = max(len(cells) for _, cells in rows) * (width + gap)

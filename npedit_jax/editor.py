@@ -217,6 +217,8 @@ class Editor:
 
     def _tokenize(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask, each [B, L]."""
+        if not all(instruction.strip() for instruction in instructions):
+            raise ValueError("an instruction is empty; say what to do")
         tokens = self._tokenizer([self._prefix + instruction for instruction in instructions])
         if tokens.cut.any():
             text = instructions[int(tokens.cut.argmax())]

@@ -1,6 +1,6 @@
 """Scores a trained editor: `python -m npedit_jax.evaluate --checkpoint RUN --benchmark NAME --output DIR`.
 
-easyvqa: the test images of easy-VQA, judged from their pixels; writes DIR/scores.json and DIR/summary.json.
+easyvqa: the test images of easy-VQA, judged from their pixels; writes scores.json, summary.json and edits.png to DIR.
 gedit, dreambooth, folder: photographs, from a local copy of the benchmark's files given by --data; edits, figures and
 index.html go to DIR/NAME, with NAME that of the run unless --name gives another. Started again it goes on. With
 --vie-url a vision-language model grades the edits as well. `--compare DIR/A DIR/B --output page.html` puts the results
@@ -17,7 +17,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from npedit_jax import commands
+from npedit_jax import commands, pictures
 from npedit_jax.data import easyvqa as dataset
 from npedit_jax.edit import positive
 from npedit_jax.editor import FITS, TASKS, Editor
@@ -65,6 +65,9 @@ def evaluate_easyvqa(arguments: argparse.Namespace) -> None:
     facts = {"benchmark": "easyvqa", "seed": seed, "raw": arguments.raw, "images": len(data), "edits": summary}
     (output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     (output / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    pictures.write_png(
+        report.sheet(data, asked, edited, scores), output / "edits.png", {"checkpoint": run, "seed": seed}
+    )
     if page:
         metrics = telemetry.read_metrics(run) if (epath.Path(run) / "metrics.jsonl").exists() else []
         title = "Edits of easy-VQA's test images"

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         print(__doc__.strip())
         return 0
     path = _argument(argv, "--config")
-    if path and not epath.Path(path).exists():  # asked first: the library's own error is a page long
+    if path and not epath.Path(path).is_file():  # asked first: the library's own error is a page long
         return _refuse(FileNotFoundError(f"no config file at {path}; give the path of a file under configs/"))
     try:
         flags.mark_flags_as_required(["config", "workdir"])
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         return _refuse(ValueError(f"unexpected arguments {rest}; every option starts with --"))
     config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
     # Before anything asks for a device: the number of CPU devices is fixed from then on.
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    jax.config.update("jax_num_cpu_devices", max(1, config.get("cpu_devices", 1)))  # a wrong one is told below
 
     from npedit_jax.data.batches import TooManyBadRecords
     from npedit_jax.training import faults, hosts, loop, previews, stages, stopping, workdir_lock, workdirs
@@ -95,6 +95,8 @@ def _device_fault(error: jax.errors.JaxRuntimeError) -> Exception:
 
 
 def _fail(error: Exception) -> int:
+    while error.args and isinstance(error.args[0], Exception):  # as the config library wraps a field's name
+        error = error.args[0]
     message = error.args[0] if isinstance(error, KeyError) else str(error)
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(f"train: {' '.join(message.split())}", file=sys.stderr, flush=True)

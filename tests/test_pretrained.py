@@ -85,6 +85,6 @@ def test_the_scorer_tells_even_outlines_from_uneven_ones():
 
 def test_the_student_copies_before_it_learns_to_edit(monkeypatch):
     monkeypatch.setattr(easyvqa_pretrained, "BATCH", 10)
-    found = dict(easyvqa_pretrained.warmup_figures(None, 10))
+    found = dict(easyvqa_pretrained.warmup_figures(None, 40))
     assert found["copy: mean absolute error, 0 to 1"] < 0.02
-    assert max(found[f"{name}: done, %"] for name in ("remove", "replace")) == 0
+    assert max(found[f"{name}: done, %"] for name in ("recolor", "remove", "replace")) <= 3

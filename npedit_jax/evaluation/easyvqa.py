@@ -99,8 +99,10 @@ def score(data: easyvqa.EasyVQA, asked: Sequence[Request], edited: np.ndarray) -
 def summarise(scores: Sequence[Score]) -> Summary:
     """Figures of each edit type: `count`, `done` and `done_kept` in percent, mean `kept_error`.
 
-    `done_kept` counts the edits that are done with a kept error of at most KEPT_LIMIT. "replace" has the same figures
-    for each kind of target under `targets`.
+    `done_kept` counts the edits that are done with a kept error of at most KEPT_LIMIT. Where the scorer was asked,
+    `scorer_done` and `scorer_not_done` are its mean P(yes) to whether the edit was done (of a removal: whether the
+    shape is still there), of the edits that are and of those that are not: a scorer that tells them apart has something
+    to teach. "replace" has the same figures for each kind of target under `targets`.
     """
     summary = {}
     for edit_type in easyvqa.EDIT_TYPES:
@@ -144,9 +146,11 @@ def _batches(total: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
 def _figures(scores: Sequence[Score]) -> dict[str, Any]:
     done = np.array([item["done"] for item in scores])
     kept_error = np.array([item["kept_error"] for item in scores])
+    answers = np.array([item.get("scorer_edit", np.nan) for item in scores])
+    parts = {"scorer_done": answers[done], "scorer_not_done": answers[~done]}
     return {
         "count": len(scores),
         "done": 100.0 * float(done.mean()),
         "done_kept": 100.0 * float((done & (kept_error <= KEPT_LIMIT)).mean()),
         "kept_error": float(kept_error.mean()),
-    }
+    } | {name: float(values.mean()) for name, values in parts.items() if len(values) and np.isfinite(values).all()}

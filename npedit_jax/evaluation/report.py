@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from npedit_jax import contact_sheet
 from npedit_jax.data.easyvqa import EasyVQA
 from npedit_jax.evaluation import easyvqa
 
@@ -186,6 +187,28 @@ def gallery(
         cell = Cell(data_uri(picture), request.edit.instruction, score["done"], score["kept_error"], question, answers)
         rows[request.index].cells.append(cell)
     return list(rows.values())
+
+
+def sheet(
+    data: EasyVQA,
+    asked: Sequence[easyvqa.Request],
+    edited: np.ndarray,
+    scores: Sequence[easyvqa.Score],
+    images: int = 6,
+) -> Image.Image:
+    """The first images as one picture, arguments as of `render`: a row of the reference and its edits for each."""
+    rows: dict[int, list[contact_sheet.Cell]] = {}
+    for request, picture, score in zip(asked, edited, scores, strict=True):
+        if request.index not in rows:
+            if len(rows) == images:
+                break
+            rows[request.index] = [contact_sheet.Cell(Image.fromarray(data.images[request.index]), ("reference",))]
+        lines = [request.edit.instruction, "judge: done" if score["done"] else "judge: not done"]
+        if "scorer_edit" in score:
+            question = "there" if request.edit.edit_type == "remove" else "done"
+            lines.append(f"scorer: {question} {score['scorer_edit']:.2f}, kept {score['scorer_identity']:.2f}")
+        rows[request.index].append(contact_sheet.Cell(Image.fromarray(picture), tuple(lines)))
+    return contact_sheet.draw([("", cells) for cells in rows.values()])
 
 
 def data_uri(image: np.ndarray) -> str:

@@ -46,14 +46,16 @@ FROM_SOURCE = ("autoencoder", "base", "warmup", "npedit")
 SOURCE = ("fraction",)
 RECORDS = ("flip",)
 LORA = ("rank", "alpha", "targets", "base", "start")
+# Whole numbers above 0.
+COUNTS = ("steps", "batch_size", "cpu_devices", "checkpoint.every", "checkpoint.keep", "log.every", "log.preview_every")
 NETWORK = ("kind", "directory", "architecture", "options")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks that a config of a known stage has the fields of its stage and no others.
+    """Checks that a config of a known stage has the fields of its stage and no others, and the counts among them.
 
     Raises:
-      ValueError: some are missing or unknown; names them.
+      ValueError: some are missing or unknown, which are named, or a count is below 1.
     """
     of_stage = OF_STAGE[config.stage]
     for part in dict.fromkeys((*ALL, *of_stage)):
@@ -61,6 +63,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         for place, choice in CHOICES:
             names += choice if place == part and any(name in found for name in choice) else ()
         _check(part, found, names)
+    for name in COUNTS:
+        part, _, last = name.rpartition(".")
+        if (count := _part(config, part)[last]) < 1:
+            raise ValueError(f"config.{name} must be 1 or more, found {count}")
     if config.stage in FROM_SOURCE:
         needed = (*SOURCE, *RECORDS) if "records" in config.data else SOURCE
         _check("data.options", config.data.options, needed, others=True)

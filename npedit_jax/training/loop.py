@@ -77,6 +77,8 @@ def _run(
                 batch = parallel.put_batch(host_batch, stage.mesh, leading_axes=1 if stage.inner_batches else 0)
                 train_state, metrics = stage.step(train_state, frozen, batch, keys(step))
             meter.count()
+            if step == start + 1:
+                bar.set_postfix_str("", refresh=False)  # compiled
             # One step late: reading this step's metrics would wait for it.
             pending = _log(log, bar, limit, pending)
             if step % config.log.every == 0 or step == config.steps:

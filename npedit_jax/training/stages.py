@@ -157,8 +157,8 @@ def updates(config: Config) -> dict[str, int]:
 
 def check(config: Config) -> None:
     """Raises ValueError where the config names no stage, or has other fields than its stage."""
-    if config.stage not in STEPS:
-        raise ValueError(f"unknown stage {config.stage!r}; choose one of {tuple(STEPS)}")
+    if (stage := config.get("stage")) not in STEPS:
+        raise ValueError(f"unknown stage {stage!r}; choose one of {tuple(STEPS)}")
     fields.check(config)
 
 

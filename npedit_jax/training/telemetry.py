@@ -237,8 +237,11 @@ class _Terminal:
 
 
 def progress(total: int, start: int, label: str) -> tqdm.tqdm:
-    """A progress bar with the time left; silent on all processes but the first, sparse when not on a terminal."""
-    return tqdm.tqdm(
+    """A progress bar with the time left; silent on all processes but the first, sparse when not on a terminal.
+
+    Until the first step is done it says what is under way.
+    """
+    bar = tqdm.tqdm(
         total=total,
         initial=start,
         desc=label,
@@ -248,3 +251,5 @@ def progress(total: int, start: int, label: str) -> tqdm.tqdm:
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
+    bar.set_postfix_str("compiling, a minute or more")
+    return bar

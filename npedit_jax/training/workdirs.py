@@ -60,12 +60,21 @@ def check(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
       WorkdirError: the directory holds a run with other values, which are named, or files but no run.
     """
     workdir = epath.Path(workdir)
+    if workdir.is_file():
+        raise WorkdirError(f"{workdir} is a file; give --workdir a directory, or the path of a new one")
     path, new = workdir / "config.json", plain(config)
     if path.exists():
         try:
             old = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise WorkdirError(f"{path} is damaged ({error}); take another --workdir, or mend it") from error
+        if not isinstance(old, dict):
+            raise WorkdirError(f"{path} holds no config but a {type(old).__name__}; take another --workdir, or mend it")
+        if old.get("stage") != new.get("stage"):  # nearly all else differs then too
+            raise WorkdirError(
+                f"{workdir} holds a run of stage {old.get('stage')!r}, and this is one of {new.get('stage')!r}; take "
+                "another --workdir"
+            )
         different = differences(old, new)
         binding = [line for name, line in different if not any(fnmatch.fnmatch(name, free) for free in FREE_FIELDS)]
         if binding:

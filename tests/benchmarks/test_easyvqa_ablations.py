@@ -36,6 +36,7 @@ def test_goes_on_with_the_runs_that_are_left(sandbox, capsys):
     with pytest.raises(KeyboardInterrupt):
         ablations.main()
     ablations.main()
+    assert "| full method | 3 |" in (folder / "page.md").read_text()
     assert begun == [("full", 0), ("one_step", 0), ("full", 1), ("full", 1), ("full", 2)]
     kept = json.loads((folder / "figures.json").read_text())["runs"]
     assert {name: list(runs) for name, runs in kept.items()} == {"full": ["0", "1", "2"], "one_step": ["0"]}
@@ -61,6 +62,21 @@ def test_weights_of_other_content_have_another_digest(tmp_path):
     assert ablations.digest(tmp_path) == before
     (tmp_path / "a.safetensors").write_bytes(b"two")
     assert ablations.digest(tmp_path) != before
+
+
+def test_page_shows_the_committed_figures():
+    """Of the weights and the config that are here."""
+    made_with = json.loads(ablations.FIGURES.read_text())["made_with"]
+    expected = {"weights": ablations.digest(ablations.WEIGHTS), "config": ablations.config_digest()}
+    assert made_with == expected | {"steps": made_with["steps"]}
+    rows = ablations.Figures(ablations.FIGURES, made_with).rows()
+    assert f"\n{ablations.table(rows)}\n" in ablations.PAGE.read_text()
+
+
+def test_page_is_begun_where_there_is_none(sandbox):
+    folder, _ = sandbox
+    ablations.write({"full": [_summary(90.0)]})
+    assert "| full method | 1 | 90.0 |" in (folder / "page.md").read_text()
 
 
 def test_page_keeps_what_is_written_around_the_table(sandbox):

@@ -4,6 +4,8 @@ import collections
 import copy
 import dataclasses
 import itertools
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from npedit_jax.data import batches, easyvqa, easyvqa_edits, pipeline, questions, scorer_pairs, tokenize
 from npedit_jax.data.batches import Feed, Reading
 from npedit_jax.data.easyvqa_source import EasyVQASource
-from npedit_jax.training import steps
+from npedit_jax.training import datasets, networks, steps
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "easyvqa"
 LENGTH, IMAGE_TOKENS, PROMPT = 16, 4, 64
 EDIT_WEIGHTS = {"recolor": 0.33, "remove": 0.33, "replace": 0.33, "nothing": 0.01}
 GUIDANCE = {"recolor": 1.5, "remove": 2.0, "replace": 2.5, "nothing": 1.0}
@@ -165,6 +168,23 @@ def test_no_edited_image_can_reach_the_student(make, data, stage):
         # The one image in the batch is the reference, and it is an image of the train split, byte for byte.
         assert [key for key, value in batch.items() if value.dtype == np.uint8 or value.ndim > 3] == ["reference"]
         image_numbers(data, batch["reference"])
+
+
+@pytest.mark.parametrize("stage", ["warmup", "npedit"])
+def test_nor_can_one_by_the_configs_of_the_small_experiment(data, stage):
+    """Batches as a run of the config makes them: a picture of the train split a sample, and numbers and texts."""
+    config = runpy.run_path(str(CONFIGS / f"{stage}.py"))["get_config"]()
+    modules = {}
+    if stage == "npedit":
+        modules["scorer"] = networks.module_of(config.networks.scorer)
+    batch = batches.arrays(datasets.build(config, modules)[3])
+    pixels = {key for key, value in batch.items() if value.size >= batch["reference"].size / 3}  # however it is shaped
+    assert pixels == {"reference"} and batch["reference"].dtype == np.uint8
+    image_numbers(data, batch["reference"].reshape(-1, 64, 64, 3))
+    texts = {f"{name}_{part}" for name in ("caption", "instruction", "negative") for part in ("ids", "mask")}
+    questions = {"question_ids", "question_mask", "image_index", "answer", "question_weight"}
+    numbers = {"edit_type", "weight", "guidance", "dmd_weight", "identity_weight"}
+    assert batch.keys() <= {"reference"} | texts | questions | numbers, sorted(batch)
 
 
 def test_an_epoch_of_a_stream_shows_every_image_once(make, data):

@@ -68,6 +68,15 @@ def test_edits_by_hand_reach_all_of_it(data, asked):
     assert sum(part["count"] for part in summary["replace"]["targets"].values()) == 1000
 
 
+def test_what_the_scorer_thinks_of_edits_that_are_done_and_of_others():
+    score = lambda done, answer: dict(edit_type="recolor", done=done, kept_error=1.0, scorer_edit=answer)  # noqa: E731
+    figures = easyvqa.summarise([score(True, 0.9), score(True, 0.7), score(False, 0.25)])["recolor"]
+    assert figures["scorer_done"] == pytest.approx(0.8) and figures["scorer_not_done"] == pytest.approx(0.25)
+    assert "scorer_not_done" not in easyvqa.summarise([score(True, 0.9)])["recolor"]
+    without = [{name: value for name, value in score(True, 0.9).items() if name != "scorer_edit"}]
+    assert "scorer_done" not in easyvqa.summarise(without)["recolor"]
+
+
 def test_copies_do_nothing_and_nothing_else(data, asked):
     data, asked = data.fraction(0.4), asked[:1600]
     edited = easyvqa.edit_all(lambda images, texts, seeds: images, data, asked, seed=0, batch=100)

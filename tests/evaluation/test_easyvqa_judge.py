@@ -68,6 +68,17 @@ def test_edits_by_hand_are_done_and_keep_the_rest(test_split, edit_type):
         assert judgement.kept_error <= 0.5, edit
 
 
+def test_counting_the_rim_would_fail_edits_by_hand(test_split, readings):
+    """Why a recolouring is judged by the solid pixels: on the rim shape and ground mix to any colour."""
+    rng, passed = np.random.default_rng(0), []
+    for image, reading, shape in zip(test_split.images, readings, test_split.shapes, strict=True):
+        edit = easyvqa.draw_edit(rng, shape, "recolor")
+        pixels = easyvqa_edits.apply(image, edit)[reading.mask]
+        nearest = easyvqa_reading.color_distances(pixels).argmin(-1)
+        passed.append((nearest == easyvqa.COLORS.index(edit.target.color)).mean() >= 0.7)
+    assert 0.95 < np.mean(passed) < 0.98
+
+
 def test_a_small_rectangle_may_have_a_line_of_pixels_half_filled_at_a_side():
     """As its round trip through an autoencoder has, however narrow it is; about square it could be a circle."""
     rng = np.random.default_rng(0)

@@ -49,6 +49,17 @@ def render(data, asked, edited, answers=True, **options):
     return report.render(data, asked, edited, scores, title="An editor", **options)
 
 
+def test_the_sheet_has_a_row_of_each_image(data, asked, edited):
+    scores = easyvqa.score(data, asked, edited)
+    plain = report.sheet(data, asked, edited, scores, images=3)
+    told = [item | {"scorer_edit": 0.875, "scorer_identity": 0.625} for item in scores]
+    sheet = report.sheet(data, asked, edited, told, images=3)
+    assert sheet.width == plain.width and sheet.height == plain.height + 3 * 19  # a line more under each row
+    assert sheet.width > 5 * 192 and plain.height > 3 * 192
+    corner = np.asarray(sheet)[16 : 16 + 192, 16 : 16 + 192]  # the first reference, three times as large
+    np.testing.assert_array_equal(corner[::3, ::3], data.images[asked[0].index])
+
+
 def test_shows_every_edit_with_its_instruction_answers_and_mark(data, asked, edited):
     copied = edited.copy()
     copied[0] = data.images[0]  # a recolor that was not done
