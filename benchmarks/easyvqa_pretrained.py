@@ -167,15 +167,19 @@ def scorer_figures(run: str | None, images: int, *, rounds: int = 4, most: int =
         yield f"{name}: right of {len(values)}, %", 100 * np.mean(values)
 
 
+# What becomes of a class where it keeps something of the old shape.
+MISSHAPED = {"circle": "stretched", "rectangle": "rounded"}
+
+
 def outline_figures(run: str | None, images: int) -> Figures:
-    """What the scorer thinks of replacements with an even outline, and of those with one that is clearly uneven.
+    """What the scorer thinks of replacements with an even outline, and of those with one that is clearly another.
 
     Mean P(Yes) that the edit is done, per new class: how much of an outline's evenness the editor can learn from it.
     """
     ask, data = Asker(run, 1), easyvqa.load("test")
     pairs = scorer_pairs.PairSource(data, TEMPLATES)
     found = collections.defaultdict(list)
-    for kind in ("whole", "warp"):
+    for kind in ("whole", "warp", "misshaped"):
         for start in tqdm.trange(0, images, BATCH, desc=f"outlines, {kind}", mininterval=5):
             examples, made = [], []
             for number in range(start, start + BATCH):
@@ -188,7 +192,10 @@ def outline_figures(run: str | None, images: int) -> Figures:
                 examples.append(ScorerExample((data.images[number], shown), asked, "replace"))
                 made.append((edit.target.kind, candidate.done))
             for (target, done), (likely,) in zip(made, ask(examples), strict=True):
-                if not 0.1 < done < 0.9:
+                if kind == "misshaped":
+                    if done < 0.1 and target in MISSHAPED:
+                        found[f"{target}, {MISSHAPED[target]}"].append(likely)
+                elif not 0.1 < done < 0.9:
                     found[f"{target}, {'even' if done > 0.5 else 'uneven'}"].append(likely)
     for name, values in sorted(found.items()):
         yield f"new {name} outline: mean P(done) of {len(values)}", np.mean(values)

@@ -42,6 +42,9 @@ SURE = 0.98  # no answer is certain
 # How uneven a new outline is, in pixels, where Yes and No are as likely. As likely as not to be read as none of the
 # classes it is at 1.3, 0.6 and 1.3: an editor that learns from the answers has to be led further than that.
 UNEVEN = {"circle": 0.8, "rectangle": 0.4, "triangle": 0.8}
+# The same of a circle's longer side over its shorter (read as none from 1.25 on), and of the part of a rectangle's
+# shorter half side that corners are rounded by (from about 0.6 on where both corners of a side are).
+STRETCHED, ROUNDED = 1.12, 0.35
 BLUNT = 0.75  # share of the way to a new outline up to which it is rather none of the classes
 # Mean absolute change outside the edit, 0 to 255: below the first all is the same, above the second it is not.
 SAME, CHANGED = 2.0, 9.0
@@ -229,6 +232,8 @@ def candidate(
         return Candidate(blur(after, sigma), crisp, 0.0, 0.5 + 0.5 * crisp)
     if kind == "warp" and edit.edit_type != "remove":
         return warped(goal_scene, edit, float(np.exp(rng.uniform(np.log(0.2), np.log(4.0)))), rng)
+    if kind == "misshaped" and edit.edit_type == "replace" and edit.target.kind != "triangle":
+        return stretched(goal_scene, edit, rng) if edit.target.kind == "circle" else rounded(goal_scene, edit, rng)
     if kind == "morph" and edit.edit_type == "replace":
         # Blunt outlines are what an editor makes first: on the way from the old class, or from the third one.
         others = [kind for kind in easyvqa.CLASSES if kind != edit.target.kind]
@@ -276,6 +281,37 @@ def warped(goal_scene: Scene, edit: Edit, amplitude: float, rng: np.random.Gener
     same = falls(missing, 0.1, 0.4)
     done = same if edit.edit_type == "nothing" else falls(missing, 0.2, 0.6)
     return Candidate(np.float32(made.render()), done, 0.0, same, edit.target if missing < 0.2 else None)
+
+
+def stretched(goal_scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
+    """A new circle with the proportions of what it replaces: an ellipse, as an editor makes of a long rectangle."""
+    top, left, bottom, right = goal_scene.box
+    longer = float(np.exp(rng.uniform(0.0, np.log(2.0))))
+    tall, wide = (longer**0.5, longer**-0.5)[:: 1 if rng.random() < 0.5 else -1]
+    y, x, h, w = (top + bottom) / 2, (left + right) / 2, tall * (bottom - top) / 2, wide * (right - left) / 2
+    made = goal_scene.drawn("circle", easyvqa_edits.fit((y - h, x - w, y + h, x + w), goal_scene.alpha.shape))
+    done = 1.0 / (1.0 + ((longer - 1.0) / (STRETCHED - 1.0)) ** 3)
+    return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
+
+
+def rounded(goal_scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
+    """A new rectangle with some of its corners round, those of a side as often as any others."""
+    top, left, bottom, right = goal_scene.box
+    part = float(rng.uniform(0.05, 1.0))
+    radius = part * min(bottom - top, right - left) / 2
+    sides = ((1, 1, 0, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 1, 0))  # corners clockwise from the top left
+    corners = pick(sides, rng) if rng.random() < 0.5 else tuple(rng.random(4) < 0.6)
+    y, x = (np.mgrid[: goal_scene.alpha.shape[0], : goal_scene.alpha.shape[1]] + 0.5).astype(np.float32)
+    places = ((top, left, 1, 1), (top, right, 1, -1), (bottom, right, -1, -1), (bottom, left, -1, 1))
+    alpha = goal_scene.alpha.copy()
+    for is_round, (corner_y, corner_x, down, aside) in zip(corners, places, strict=True):
+        below, beside = down * (y - corner_y) - radius, aside * (x - corner_x) - radius
+        inner = np.clip(radius - np.hypot(below, beside) + 0.5, 0.0, 1.0)
+        alpha = np.where(is_round & (below < 0) & (beside < 0), np.minimum(alpha, inner), alpha)
+    part = part if any(corners) else 0.0
+    done = 1.0 / (1.0 + (part / ROUNDED) ** 3)
+    made = dataclasses.replace(goal_scene, alpha=np.float32(alpha))
+    return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
 
 
 def uneven(scene: Scene, amplitude: float, rng: np.random.Generator) -> Scene:

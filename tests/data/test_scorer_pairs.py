@@ -1,5 +1,6 @@
 """The scorer's examples: answers follow what is to be seen, faults alone decide nothing, draws are repeatable."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -160,6 +161,20 @@ def test_uneven_outlines_are_answered_at_least_as_strictly_as_they_are_judged(ki
     share = {times: np.mean(done) for times, done in judged.items()}
     assert share[0.35] > 0.7 and 0.5 < share[1.0] < share[0.35] and share[4.0] < 0.3, share
     assert min(answers[0.35]) > 0.9 and max(answers[4.0]) < 0.1 and set(answers[1.0]) == {0.5}
+
+
+@pytest.mark.parametrize(("kind", "surely_not", "most"), [("circle", 0.02, 0.1), ("rectangle", 0.06, 0.35)])
+def test_a_misshapen_outline_is_answered_more_strictly_than_it_is_judged(source, kind, surely_not, most):
+    """Where Yes is likelier than No all are read as what they are to be; where it is out of the question few."""
+    read = collections.defaultdict(list)
+    for index in range(400):
+        rng = np.random.default_rng(index)
+        edit = easyvqa.draw_edit(rng, source._data.shapes[index], "replace")
+        if edit.target.kind == kind:
+            made = scorer_pairs.candidate(source.scene(index), edit, rng, {"misshaped": 1.0})
+            found = easyvqa_reading.read(scorer_pairs.to_uint8(made.pixels)).kind
+            read["yes" if made.done > 0.5 else "no" if made.done < surely_not else "between"].append(found == kind)
+    assert np.mean(read["yes"]) > 0.95 and np.mean(read["no"]) < most and min(map(len, read.values())) > 10
 
 
 def test_a_new_outline_is_asked_about_every_class_where_the_shape_is_clear(monkeypatch, data):
