@@ -134,12 +134,15 @@ def test_a_hangup_saves_unless_it_is_ignored(tmp_path):
     assert run.wait() == 128 + signal.SIGTERM
 
 
+def _forget_the_cache_of_the_tests():
+    jax.config.update("jax_compilation_cache_dir", None)  # all else of its settings stays: every program is kept
+
+
 def test_a_restart_finds_its_programs_compiled(tmp_path):
-    """Of all sizes: the tests' settings keep also what compiles at once."""
     workdir, found = tmp_path / "run", []
     for _ in range(2):
         aim = reached(workdir) + 2
-        run = Training(workdir, "--config.steps=1000000")
+        run = Training(workdir, "--config.steps=1000000", before=_forget_the_cache_of_the_tests)
         run.wait_for(lambda aim=aim: reached(workdir) >= aim)
         run.signal(signal.SIGTERM)
         assert run.wait() == 128 + signal.SIGTERM
