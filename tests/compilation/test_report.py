@@ -30,7 +30,7 @@ def plain():
 
 
 def test_a_run_that_fits_is_reported_whole(plain):
-    assert plain.fits and set(plain.programs) == {"step", "sample"}
+    assert plain.fits and set(plain.programs) == {"step", "sample", "notes"}
     step = plain.programs["step"]
     # What lies on the device throughout is in the peak, and so is what the program makes.
     assert step.peak >= plain.resident + step.temporaries > plain.resident > 0
