@@ -90,9 +90,9 @@ the same.{% endif %}</p>
 <div class="scroll">
 {% for row in gallery -%}
 <div class="row">
-<figure><img src="{{ row.reference }}" alt="reference"><figcaption>reference</figcaption></figure>
+<figure><img src="{{ row.reference | data_uri }}" alt="reference"><figcaption>reference</figcaption></figure>
 {% for cell in row.cells -%}
-<figure><img src="{{ cell.picture }}" alt="{{ cell.instruction }}"><figcaption>{{ cell.instruction }}
+<figure><img src="{{ cell.picture | data_uri }}" alt="{{ cell.instruction }}"><figcaption>{{ cell.instruction }}
 <div class="{{ 'good' if cell.done else 'bad' }}">{{ "✓ done" if cell.done else "✗ not done" }}</div>
 <div>kept error {{ "%.1f" % cell.kept_error }}</div>
 {% if cell.answers %}<div>P(yes), {{ cell.question }}: {{ "%.2f" % cell.answers[0] }}</div>
@@ -116,7 +116,7 @@ the same.{% endif %}</p>
 class Cell:
     """One edit in the gallery; `answers` are P(yes) to the edit question, named `question`, and the identity one."""
 
-    picture: str
+    picture: np.ndarray  # uint8 [H, W, 3]
     instruction: str
     done: bool
     kept_error: float
@@ -126,9 +126,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One image in the gallery, with its edits."""
+    """One image in the gallery, uint8 [H, W, 3], with its edits."""
 
-    reference: str
+    reference: np.ndarray
     cells: list[Cell]
 
 
@@ -155,6 +155,7 @@ def render(
     """
     rows = gallery(data, asked, edited, scores, images)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["data_uri"] = data_uri
     lines = easyvqa.table_rows(easyvqa.summarise(scores))
     return environment.from_string(PAGE).render(
         title=title,
@@ -181,10 +182,10 @@ def gallery(
         if request.index not in rows:
             if len(rows) == images:
                 break
-            rows[request.index] = Row(data_uri(data.images[request.index]), [])
+            rows[request.index] = Row(data.images[request.index], [])
         answers = (score["scorer_edit"], score["scorer_identity"]) if "scorer_edit" in score else None
         question = "there" if request.edit.edit_type == "remove" else "done"
-        cell = Cell(data_uri(picture), request.edit.instruction, score["done"], score["kept_error"], question, answers)
+        cell = Cell(picture, request.edit.instruction, score["done"], score["kept_error"], question, answers)
         rows[request.index].cells.append(cell)
     return list(rows.values())
 
@@ -197,18 +198,17 @@ def sheet(
     images: int = 6,
 ) -> Image.Image:
     """The first images as one picture, arguments as of `render`: a row of the reference and its edits for each."""
-    rows: dict[int, list[contact_sheet.Cell]] = {}
-    for request, picture, score in zip(asked, edited, scores, strict=True):
-        if request.index not in rows:
-            if len(rows) == images:
-                break
-            rows[request.index] = [contact_sheet.Cell(Image.fromarray(data.images[request.index]), ("reference",))]
-        lines = [request.edit.instruction, "judge: done" if score["done"] else "judge: not done"]
-        if "scorer_edit" in score:
-            question = "there" if request.edit.edit_type == "remove" else "done"
-            lines.append(f"scorer: {question} {score['scorer_edit']:.2f}, kept {score['scorer_identity']:.2f}")
-        rows[request.index].append(contact_sheet.Cell(Image.fromarray(picture), tuple(lines)))
-    return contact_sheet.draw([("", cells) for cells in rows.values()])
+    drawn = []
+    for row in gallery(data, asked, edited, scores, images):
+        cells = [contact_sheet.Cell(Image.fromarray(row.reference), ("reference",))]
+        for cell in row.cells:
+            lines = [cell.instruction, "judge: done" if cell.done else "judge: not done"]
+            if cell.answers:
+                edit, identity = cell.answers
+                lines.append(f"scorer: {cell.question} {edit:.2f}, kept {identity:.2f}")
+            cells.append(contact_sheet.Cell(Image.fromarray(cell.picture), tuple(lines)))
+        drawn.append(("", cells))
+    return contact_sheet.draw(drawn)
 
 
 def data_uri(image: np.ndarray) -> str:
