@@ -274,13 +274,18 @@ def warped(goal_scene: Scene, edit: Edit, amplitude: float, rng: np.random.Gener
     """The finished edit with an uneven outline: how a new shape has to look is stricter than how an old one may."""
     made = uneven(goal_scene, amplitude, rng)
     if edit.edit_type == "replace":
-        done = 1.0 / (1.0 + (amplitude / UNEVEN[edit.target.kind]) ** 3)
-        return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
+        return outlined(made, edit, amplitude / UNEVEN[edit.target.kind])
     both, either = np.minimum(made.alpha, goal_scene.alpha), np.maximum(made.alpha, goal_scene.alpha)
     missing = 1.0 - float(both.sum() / either.sum())
     same = falls(missing, 0.1, 0.4)
     done = same if edit.edit_type == "nothing" else falls(missing, 0.2, 0.6)
     return Candidate(np.float32(made.render()), done, 0.0, same, edit.target if missing < 0.2 else None)
+
+
+def outlined(made: Scene, edit: Edit, fault: float) -> Candidate:
+    """A new outline with a fault, of which 1 is where Yes and No are as likely."""
+    done = 1.0 / (1.0 + fault**3)
+    return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
 
 
 def stretched(goal_scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
@@ -290,8 +295,7 @@ def stretched(goal_scene: Scene, edit: Edit, rng: np.random.Generator) -> Candid
     tall, wide = (longer**0.5, longer**-0.5)[:: 1 if rng.random() < 0.5 else -1]
     y, x, h, w = (top + bottom) / 2, (left + right) / 2, tall * (bottom - top) / 2, wide * (right - left) / 2
     made = goal_scene.drawn("circle", easyvqa_edits.fit((y - h, x - w, y + h, x + w), goal_scene.alpha.shape))
-    done = 1.0 / (1.0 + ((longer - 1.0) / (STRETCHED - 1.0)) ** 3)
-    return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
+    return outlined(made, edit, (longer - 1.0) / (STRETCHED - 1.0))
 
 
 def rounded(goal_scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidate:
@@ -308,10 +312,8 @@ def rounded(goal_scene: Scene, edit: Edit, rng: np.random.Generator) -> Candidat
         below, beside = down * (y - corner_y) - radius, aside * (x - corner_x) - radius
         inner = np.clip(radius - np.hypot(below, beside) + 0.5, 0.0, 1.0)
         alpha = np.where(is_round & (below < 0) & (beside < 0), np.minimum(alpha, inner), alpha)
-    part = part if any(corners) else 0.0
-    done = 1.0 / (1.0 + (part / ROUNDED) ** 3)
     made = dataclasses.replace(goal_scene, alpha=np.float32(alpha))
-    return Candidate(np.float32(made.render()), done, 0.0, shape=edit.target if done > BLUNT else None)
+    return outlined(made, edit, part / ROUNDED if any(corners) else 0.0)
 
 
 def uneven(scene: Scene, amplitude: float, rng: np.random.Generator) -> Scene:
