@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from npedit_jax import chips
+from npedit_jax.models import layers
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "tpu_compile.json"
@@ -26,7 +27,7 @@ PAGE = ROOT / "docs" / "pods.md"
 BEGIN, END = "<!-- tpu_compile: begin -->", "<!-- tpu_compile: end -->"
 PROGRAMS = ("student/2", "fake_score/2", "student/1", "fake_score/1", "sample")  # those that need most come first
 SCALED = ("student/2", "fake_score/2")
-POLICIES = ("full", "attention_offload", "attention", "dots_no_batch", "dots_attention", "dots", "none")  # least first
+POLICIES = (*layers.REMAT_POLICIES, "none")  # from least memory to most
 GIB = 2**30
 
 
